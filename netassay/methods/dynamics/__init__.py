@@ -1,0 +1,1 @@
+"""Dynamics of training: what gradient descent does along the way."""

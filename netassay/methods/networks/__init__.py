@@ -1,0 +1,1 @@
+"""Networks themselves: training recipes, describing files."""

@@ -1,0 +1,1 @@
+"""Formal verification: what holds for every input of a set."""

@@ -1,0 +1,430 @@
+"""Whether every input within a radius of an image keeps the image's class: proved, refuted, or neither.
+
+    certified  <=  min over x in B and j != y of  f_y(x) - f_j(x)  >  0,    B = {x : ||x - x_i|| <= r, 0 <= x <= 1}
+    falsified  <=  an x in B with argmax_j f_j(x) != y
+
+x_i, y: image i of a split of a dataset and its label; f: the network's outputs (logits); r: `radius`, in units of the
+input (pixels in [0, 1]); the norm is l_inf or l_2; without `clip` the ball is not cut with [0, 1]. Stages, each for the
+images that the ones before left open:
+
+1. clean: the image itself is misclassified (falsified, `by` "clean"; the counterexample is the image);
+2. ibp: interval bounds (Gowal et al. 2018), with the last layer folded into the margin;
+3. attack: three steps of projected gradient descent from the image: most of what falls at all falls here;
+4. crown: backward linear bounds (Zhang et al. 2018), every layer bounded backward;
+5. attack: `steps` of projected gradient descent from `restarts` starts (Madry et al. 2018).
+
+What "certified" means in floating point: bounds are computed in float64 with an a-priori bound on their own rounding
+taken off, so they hold in real arithmetic; and they hold for every float32 evaluation of the network, in any order of
+summation, at every float32 input in B, whose worst-case error is taken off too (`netassay.numerics.bounds.rounding`
+says what is not covered). What "falsified" means: the stored counterexample consists of float32 numbers, lies in B in
+exact arithmetic, and both a float64 and a float32 evaluation misclassify it.
+
+"unknown" is an answer about these bounds and this attack, not about the network; it is not a robustness estimate.
+Verdicts do not depend on which jobs are computed together: bounds within their rounding of a decision are computed
+again alone, and the attack's arithmetic is exact (`netassay.numerics.attacks`). Margins agree to 1e-9 relative.
+
+Cost: ibp one product with |W| a layer; crown, a layer of n neurons, u of them unstable: a matrix of 2 u x n through
+all layers before it, i.e. O(sum over layers of n^3) for width n; attack 2 steps restarts evaluations.
+
+Reference: Zhang, Weng, Chen, Hsieh, Daniel. Efficient neural network robustness certification with general activation
+functions. 2018.
+Reference: Gowal, Dvijotham, Stanforth, Bunel, Qin, Uesato, Arandjelovic, Mann, Kohli. On the effectiveness of interval
+bound propagation for training verifiably robust models. 2018.
+Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models resistant to adversarial attacks. 2018.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import model_validator
+
+from netassay import data, networks
+from netassay.fields import Array, Count, DatasetName, Index, NetworkRef, Radius, Seed
+from netassay.figure import Axis, Bars, Figure, Line, Panel
+from netassay.heavy import np, torch
+from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable, NumericalError
+from netassay.networks.evaluate import forward
+from netassay.networks.graph import Graph
+from netassay.numerics import attacks
+from netassay.numerics.bounds import backward, interval, rounding
+from netassay.numerics.bounds.interval import Interval
+from netassay.numerics.bounds.regions import Ball
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from netassay.job import Record
+
+VERSION = 1
+
+Verdict = Literal["certified", "falsified", "unknown"]
+
+
+class Params(Contract):
+    network: NetworkRef
+    dataset: DatasetName = "digits"
+    split: Literal["test", "train", "all"] = "test"
+    index: Index
+    """which image of the split"""
+    radius: Radius
+    norm: Literal["inf", "2"] = "inf"
+    clip: bool = True
+    """cut the ball with [0, 1], the range of the data"""
+    steps: Count = 40
+    """gradient steps of each start of the attack"""
+    restarts: Count = 4
+    """starts of the attack: the image, the others at random in the ball"""
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _index_in_data(self) -> Params:
+        data.check_index(self.dataset, self.split, self.index)
+        return self
+
+
+class Result(Contract):
+    verdict: Verdict
+    by: Literal["clean", "ibp", "attack", "crown"] | None
+    """the stage that decided; None for unknown"""
+    label: int
+    prediction: int
+    """class of the image itself; the lowest of equals"""
+    correct: bool
+    margin_clean: float
+    """f_y - max_j f_j at the image"""
+    margin_ibp: float
+    """a lower bound of the margin over the ball, by interval bounds"""
+    margin_crown: float | None
+    """a lower bound of the margin over the ball, by CROWN; None where this stage was not needed"""
+    margin_attack: float | None
+    """the smallest margin an attack met, an upper bound; None where no attack ran or met a float32 point of the ball"""
+    counterexample: Array | None
+    """input of the network, of its shape, float32; None unless an attack decided"""
+
+
+#: Measured on one core, digits 64-64-64-10: see benchmarks/certify_bulk.py.
+NEEDS = Needs(seconds=0.005, memory=512 * 2**20, libraries=("numpy", "torch", "onnx"), group=128)
+
+EXAMPLE = {
+    "jobs": [
+        {
+            "method": "verification.certify",
+            "params": {
+                "network": {
+                    "dataset": "digits",
+                    "architecture": {"kind": "mlp", "hidden": [32]},
+                    "training": {"kind": "ibp"},
+                    "seed": 0,
+                    "epochs": 8,
+                },
+                "dataset": "digits",
+            },
+            "grid": {"radius": [0.01, 0.03], "index": [0, 1, 2, 3, 4]},
+        }
+    ]
+}
+
+#: Gradient steps of the attack that goes before CROWN.
+_FIRST_STEPS = 3
+
+
+def run(params: Params) -> Result:
+    """Raises InvalidInput where data and network do not fit, NotApplicable for one output, NumericalError."""
+    outcome = _outcomes([params])[0]
+    if isinstance(outcome, MethodError):
+        raise outcome
+    return outcome
+
+
+def run_many(params: list[Params]) -> list[Result | Failure]:
+    """All of one network and dataset; radii, images, norms and attacks may differ."""
+    return [Failure.of(outcome) if isinstance(outcome, MethodError) else outcome for outcome in _outcomes(params)]
+
+
+@dataclass
+class _Item:
+    """One job on its way through the stages. x: (*input shape of the network), float64."""
+
+    params: Params
+    x: Tensor
+    label: int
+    prediction: int = -1
+    verdict: Verdict = "unknown"
+    by: Any = None
+    margins: dict[str, float] = field(default_factory=dict)
+    counterexample: Any = None
+
+    def end(self, verdict: Verdict, by: str) -> None:
+        self.verdict, self.by = verdict, by
+
+    def result(self) -> Result:
+        return Result(
+            verdict=self.verdict,
+            by=self.by,
+            label=self.label,
+            prediction=self.prediction,
+            correct=self.prediction == self.label,
+            margin_clean=self.margins["clean"],
+            margin_ibp=self.margins["ibp"],
+            margin_crown=self.margins.get("crown"),
+            margin_attack=self.margins.get("attack"),
+            counterexample=self.counterexample,
+        )
+
+
+def _outcomes(params: Sequence[Params]) -> list[Result | MethodError]:
+    outcomes: list[Any] = [None] * len(params)
+    groups: defaultdict[tuple, list[int]] = defaultdict(list)
+    graph = networks.load(params[0].network)
+    items: list[_Item | MethodError] = [_read(graph, wanted) for wanted in params]
+    for place, (wanted, item) in enumerate(zip(params, items, strict=True)):
+        if isinstance(item, MethodError):
+            outcomes[place] = item
+        else:
+            groups[wanted.norm, wanted.clip, wanted.steps, wanted.restarts].append(place)
+    with torch.no_grad():
+        for places in groups.values():
+            group: list[_Item] = [items[place] for place in places]  # type: ignore[misc]
+            for place, outcome in zip(places, _decide(graph, group), strict=True):
+                outcomes[place] = outcome
+    return outcomes
+
+
+def _read(graph: Graph, params: Params) -> _Item | MethodError:
+    """The image of a job in the shape the network wants, or what is wrong with the job."""
+    try:
+        data.check_index(params.dataset, params.split, params.index)
+    except ValueError as error:
+        return InvalidInput("the image does not exist", str(error))
+    images = data.load(params.dataset, params.split)
+    x, label = torch.from_numpy(np.array(images.x[params.index], dtype=np.float64)), int(images.y[params.index])
+    outputs = int(np.prod(graph.output_shape))
+    if x.numel() != int(np.prod(graph.input_shape)):
+        return InvalidInput(
+            f"the network does not take {params.dataset}",
+            f"its input has the shape {graph.input_shape}, an image {tuple(x.shape)}",
+            "another dataset, or a network trained on this one",
+        )
+    if outputs < 2:
+        return NotApplicable("the network has one output, so there are no classes to keep apart")
+    if label >= outputs:
+        return InvalidInput(
+            f"image {params.index} has the label {label}, but the network has {outputs} outputs",
+            what_to_try="a network for this dataset",
+        )
+    return _Item(params, x.reshape(graph.input_shape), label)
+
+
+def _ball(items: Sequence[_Item]) -> Ball:
+    first = items[0].params
+    low, high = (0.0, 1.0) if first.clip else (-np.inf, np.inf)
+    radius = torch.tensor([item.params.radius for item in items], dtype=torch.float64)
+    return Ball(first.norm, torch.stack([item.x for item in items]), radius, low, high)
+
+
+def _decide(graph: Graph, group: list[_Item]) -> list[Result | MethodError]:
+    """Jobs of one norm, clip and attack."""
+    region = _ball(group)
+    boxes = interval.propagate(graph, region, torch.float32)
+    # So near to a decision, rounding, and with it the grouping, might matter.
+    noise = rounding.backward(graph, boxes)[graph.output].flatten(1).amax(1)
+    band = backward.NOISE * len(graph.operations) * noise
+    finite = torch.isfinite(boxes[graph.output].lower + boxes[graph.output].upper).flatten(1).all(1)
+
+    _clean(graph, group, band)
+    _ibp(graph, group, boxes, band)
+    _attack(graph, _undecided(group, finite), _FIRST_STEPS, 1)
+    _crown(graph, _undecided(group, finite))
+    first = group[0].params
+    _attack(graph, _undecided(group, finite), first.steps, first.restarts)
+    return [item.result() if ok else _overflow() for item, ok in zip(group, finite.tolist(), strict=True)]
+
+
+def _overflow() -> NumericalError:
+    return NumericalError(
+        "the bounds are not finite",
+        "a weight, or a product of weights, is too large for float64, or is not a number",
+        "check the network's weights for NaN and infinity",
+    )
+
+
+def _undecided(group: list[_Item], finite: Tensor) -> list[_Item]:
+    return [item for item, ok in zip(group, finite.tolist(), strict=True) if ok and item.verdict == "unknown"]
+
+
+def _margins(outputs: Tensor, labels: Tensor) -> Tensor:
+    """f_y - max_j!=y f_j. outputs: (batch, classes). Returns (batch,)."""
+    others = outputs.scatter(1, labels[:, None], -torch.inf)
+    return outputs.gather(1, labels[:, None])[:, 0] - others.amax(1)
+
+
+def _rows(labels: Tensor, classes: int) -> Tensor:
+    """The specification f_y - f_j, one row for each j != y: (batch, classes - 1, classes), float64."""
+    one = torch.eye(classes, dtype=torch.float64)
+    rows = one[labels][:, None] - one
+    return rows[~one[labels].bool()].reshape(len(labels), classes - 1, classes)
+
+
+def _labels(items: Sequence[_Item]) -> Tensor:
+    return torch.tensor([item.label for item in items])
+
+
+def _settled(values: Tensor, near: Tensor, alone: Callable[[int], Tensor]) -> Tensor:
+    """`values` with each that is `near` a decision replaced by what `alone` computes of it, whatever the group."""
+    values = values.clone()
+    for place in near.nonzero()[:, 0].tolist():
+        values[place] = alone(place)
+    return values
+
+
+def _clean(graph: Graph, group: list[_Item], band: Tensor) -> None:
+    x = torch.stack([item.x for item in group])
+    outputs = forward(graph, x).flatten(1)
+    best = outputs.topk(2, dim=1).values
+    outputs = _settled(
+        outputs, best[:, 0] - best[:, 1] <= band, lambda place: forward(graph, x[place : place + 1]).flatten()
+    )
+    margins = _margins(outputs, _labels(group)).tolist()
+    for item, prediction, margin in zip(group, outputs.argmax(1).tolist(), margins, strict=True):
+        item.prediction, item.margins["clean"] = prediction, margin
+        if prediction != item.label and _class32(graph, item.x) != item.label:
+            item.end("falsified", "clean")
+
+
+def _class32(graph: Graph, x: Tensor) -> int:
+    """The class a float32 evaluation gives one input."""
+    return int(forward(graph, x[None].float()).flatten().argmax())
+
+
+def _ibp(graph: Graph, group: list[_Item], boxes: dict[str, Interval], band: Tensor) -> None:
+    def least(items: list[_Item], boxes: dict[str, Interval]) -> Tensor:
+        rows = _rows(_labels(items), int(np.prod(graph.output_shape)))
+        return backward.box_margins(graph, boxes, rows, torch.float32).amin(1)
+
+    def alone(place: int) -> Tensor:
+        one = group[place : place + 1]
+        return least(one, interval.propagate(graph, _ball(one), torch.float32))[0]
+
+    found = least(group, boxes)
+    found = _settled(found, found.abs() <= band, alone)
+    for item, margin in zip(group, found.tolist(), strict=True):
+        item.margins["ibp"] = margin
+        if item.verdict == "unknown" and margin > 0:
+            item.end("certified", "ibp")
+
+
+def _crown(graph: Graph, items: list[_Item]) -> None:
+    if not items:
+        return
+
+    def bound(items: list[_Item]) -> backward.Lower:
+        rows = _rows(_labels(items), int(np.prod(graph.output_shape)))
+        return backward.lower(graph, _ball(items), rows, evaluated=torch.float32)
+
+    found = bound(items)
+    least = found.lower.amin(1)
+    near = (least.abs() <= found.noise) | found.delicate
+    least = _settled(least, near, lambda place: bound(items[place : place + 1]).lower.amin())
+    for item, margin in zip(items, least.tolist(), strict=True):
+        item.margins["crown"] = margin
+        if margin > 0:
+            item.end("certified", "crown")
+
+
+def _attack(graph: Graph, items: list[_Item], steps: int, restarts: int) -> None:
+    if not items:
+        return
+    region, labels = _ball(items), _labels(items)
+    seeds = [_seed(item.params) for item in items]
+    attack = attacks.pgd(graph, region, labels, steps=steps, restarts=restarts, seeds=seeds)
+    for place, (item, point) in enumerate(zip(items, attack.points, strict=True)):
+        if not bool(attacks.contains(region[place : place + 1], point[None])):
+            continue
+        # Alone: whether a candidate is accepted must not depend on the group.
+        outputs = forward(graph, point[None]).flatten(1)
+        margin = float(_margins(outputs, labels[place : place + 1]))
+        item.margins["attack"] = min(margin, item.margins.get("attack", margin))
+        if int(outputs.argmax()) != item.label and _class32(graph, point) != item.label:
+            item.counterexample = point.float().numpy()
+            item.end("falsified", "attack")
+
+
+def _seed(params: Params) -> int:
+    """A seed for this image: jobs of one seed draw different starts."""
+    text = f"{params.seed} {params.split} {params.index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+
+#: Records without a result are drawn as this, so that a gap is never taken for an answer.
+_MISSING = "no result"
+
+
+def plot(records: list[Record]) -> Figure:
+    """Accuracy against radius, one set of lines a network, and the verdicts behind each point.
+
+    clean: classified rightly; not falsified: an upper bound of robust accuracy; certified: a lower bound. Shares of
+    the jobs that have a result.
+    """
+    series: defaultdict[str, defaultdict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    norms = {record.params.get("norm", "inf") for record in records}
+    for record in records:
+        name = record.name("network")
+        if len(norms) > 1:
+            name += f", l_{record.params.get('norm', 'inf')}"
+        series[name][float(record.params["radius"])].append(record)
+    lines: list[Any] = []
+    counts: list[Panel] = []
+    for name, by_radius in sorted(series.items()):
+        radii = sorted(by_radius)
+        shares = {radius: _shares(by_radius[radius]) for radius in radii}
+        prefix = f"{name}: " if len(series) > 1 else ""
+        for label, dashed in (("clean", True), ("not falsified", False), ("certified", False)):
+            drawn: list[Any] = [radius for radius in radii if shares[radius] is not None]
+            heights: list[Any] = [share[label] for radius in drawn if (share := shares[radius]) is not None]
+            if drawn:
+                lines.append(Line(x=drawn, y=heights, label=prefix + label, points=True, dashed=dashed))
+        places: list[Any] = [f"{radius:g}" for radius in radii]
+        tallies = [Counter(_verdict(record) for record in by_radius[radius]) for radius in radii]
+        counts.append(
+            Panel(
+                title=f"Verdicts: {name}",
+                x=Axis(label="radius", scale="category"),
+                y=Axis(label="jobs", low=0),
+                marks=[
+                    Bars(x=places, y=[tally[verdict] for tally in tallies], label=verdict, stacked=True)
+                    for verdict in ("certified", "unknown", "falsified", _MISSING)
+                    if any(tally[verdict] for tally in tallies)
+                ],
+            )
+        )
+    accuracy = Panel(
+        title="Accuracy under perturbation",
+        x=Axis(label="radius" if len(norms) != 1 else f"l_{next(iter(norms))} radius", low=0),
+        y=Axis(label="share of images", low=0, high=1, percent=True),
+        marks=lines,
+    )
+    missing = sum(record.result is None for record in records)
+    caption = f"{len(records)} jobs"
+    if missing:
+        caption += f", {missing} of them without a result: not in the shares"
+    return Figure(title="Certified robustness", caption=caption, panels=[accuracy, *counts])
+
+
+def _verdict(record: Record) -> str:
+    return record.result["verdict"] if record.result is not None else _MISSING
+
+
+def _shares(records: list[Record]) -> dict[str, float] | None:
+    results = [record.result for record in records if record.result is not None]
+    if not results:
+        return None
+    return {
+        "clean": sum(result["correct"] for result in results) / len(results),
+        "not falsified": sum(result["verdict"] != "falsified" for result in results) / len(results),
+        "certified": sum(result["verdict"] == "certified" for result in results) / len(results),
+    }

@@ -1,0 +1,156 @@
+"""Recipes: how to build and train a network, as a typed mapping that stands for the network.
+
+    dataset: digits
+    seed: 0
+    architecture: {kind: mlp, hidden: [64, 64]}
+    training: {kind: standard}
+
+What is left out takes the default of its field; epochs, batch size, learning rate and weight decay take the default of
+the kind of training. A recipe is complete once parsed: its canonical JSON holds every value, and the digest of that
+text, `recipe:<sha-256>`, names it. So a default written out and a default left out are the same recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from netassay import data
+from netassay.fields import Count, DatasetName, Positive, Probability, Real, Seed
+from netassay.job import canonical_json
+from netassay.method import Contract
+from netassay.store import artifacts
+
+
+class Mlp(Contract):
+    """Dense layers with ReLU between them, on the flattened input; `hidden` are their widths."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: tuple[Count, ...] = (64, 64)
+
+
+class Cnn(Contract):
+    """3 x 3 convolutions with zero padding 1 and ReLU, of stride 1 for the first and 2 for the others; then a dense
+    ReLU layer of width `hidden`, then the outputs. For image datasets only."""
+
+    kind: Literal["cnn"] = "cnn"
+    channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (8, 16)
+    hidden: Count = 64
+
+
+class Standard(Contract):
+    """Cross-entropy."""
+
+    kind: Literal["standard"] = "standard"
+
+
+class Ibp(Contract):
+    """Interval bound propagation (Gowal et al. 2018): kappa x cross-entropy + (1 - kappa) x its worst case in the box.
+
+    For the first `warm_up` of all steps the radius is 0; over the next `ramp` of them it grows linearly to `radius`
+    and kappa falls linearly from 1 to `kappa`; then both stay. The box is [x - radius, x + radius] in units of the
+    input, not cut to [0, 1].
+    """
+
+    kind: Literal["ibp"] = "ibp"
+    radius: Positive = 0.05
+    warm_up: Probability = 0.05
+    ramp: Probability = 0.5
+    kappa: Probability = 0.5
+
+    @model_validator(mode="after")
+    def _fits(self) -> Ibp:
+        if self.warm_up + self.ramp > 1.0:
+            raise ValueError("warm_up + ramp are shares of all steps and may not exceed 1")
+        return self
+
+
+class Spectral(Contract):
+    """Cross-entropy, with every layer's spectral norm held at or below `ceiling` after each step."""
+
+    kind: Literal["spectral"] = "spectral"
+    ceiling: Positive = 2.0
+
+
+#: What a kind of training takes where the recipe does not say. With these, an mlp of [64, 64] on digits reached on the
+#: test split (one core, 2 to 6 s): standard 97.5 % accuracy; ibp 98.2 %, and 82.5 % certified by interval bounds at
+#: radius 0.05; spectral (ceiling 2) 97.5 %.
+_BY_TRAINING: dict[str, dict[str, Any]] = {
+    "standard": {"epochs": 40, "batch": 64, "learning_rate": 2e-3, "weight_decay": 1e-4},
+    "ibp": {"epochs": 120, "batch": 64, "learning_rate": 5e-3, "weight_decay": 0.0},
+    "spectral": {"epochs": 60, "batch": 64, "learning_rate": 2e-3, "weight_decay": 0.0},
+}
+
+
+class Recipe(Contract):
+    """dataset: trained on its split `train`. batch: examples a step. learning_rate: of Adam, at the start; it falls to
+    0 along half a cosine. weight_decay: of the weights, decoupled from the gradient (AdamW), per unit of learning rate.
+    """
+
+    dataset: DatasetName = "digits"
+    seed: Seed = 0
+    architecture: Annotated[Mlp | Cnn, Field(discriminator="kind")] = Mlp()
+    training: Annotated[Standard | Ibp | Spectral, Field(discriminator="kind")] = Standard()
+    epochs: Annotated[int, Field(ge=1, le=100_000)]
+    batch: Count
+    learning_rate: Positive
+    weight_decay: Annotated[Real, Field(ge=0.0)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        training = values.get("training")
+        kind = training.get("kind") if isinstance(training, Mapping) else getattr(training, "kind", "standard")
+        return {**_BY_TRAINING.get(str(kind), {}), **values}
+
+    @field_validator("dataset")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        if name not in data.names():
+            raise ValueError(f"there is no dataset {name!r}; try one of {', '.join(data.names())}")
+        return name
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if isinstance(self.architecture, Cnn) and len(data.shape(self.dataset)) != 3:
+            raise ValueError(
+                f"a cnn reads images, but {self.dataset} has shape {data.shape(self.dataset)}; try kind: mlp"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, mapping: Mapping[str, Any]) -> Recipe:
+        """The complete recipe of a mapping. Raises ValueError with one line for each field that is wrong."""
+        try:
+            return cls.model_validate(mapping)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(_told, error.errors(include_url=False)))) from None
+
+    def text(self) -> str:
+        """Canonical JSON: what the digest is taken of."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def _told(problem: Any) -> str:
+    """One line for one error of pydantic's."""
+    place = ".".join(("recipe", *map(str, problem["loc"])))
+    if problem["type"] == "union_tag_not_found":
+        return f"{place}: say its kind, e.g. {{kind: {'mlp' if place.endswith('architecture') else 'standard'}}}"
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def reference(recipe: Recipe) -> str:
+    """`recipe:<sha-256 of the canonical JSON>`; keeps that text among the current artifacts."""
+    return f"recipe:{artifacts.current().put(recipe.text().encode())}"
+
+
+def from_reference(text: str) -> Recipe:
+    """The recipe of a reference. Raises ValueError for another kind of reference, MissingArtifact."""
+    if not text.startswith("recipe:"):
+        raise ValueError(f"{text} is not the reference of a recipe (recipe:<sha-256>)")
+    return Recipe.parse(json.loads(artifacts.current().read(text)))

@@ -1,0 +1,1 @@
+"""Shared mathematics in PyTorch, under the name the field uses."""

@@ -1,0 +1,284 @@
+"""Projected gradient descent in search of a counterexample, the same for an input whoever else is in the batch.
+
+The attack minimises the margin f_y - max_j!=y f_j over a ball by steps along the sign of its gradient (norm inf) or the
+gradient itself (norm 2), each followed by a projection. A gradient method is chaotic: one rounding turned the other way
+changes a sign, and so the path. Sums of a batched product are rounded in an order that depends on the batch, so the
+search walks on a surrogate of the network whose sums are *exact*: weights, and the values of each layer input by input,
+are rounded to `bits` binary digits below their largest, with
+
+    2 bits + log2(terms of a sum) <= 53,
+
+so that every product and partial sum is an integer multiple of one unit below 2^53 units, and float64 adds it without
+error in any order. The path is then one and the same alone, in a batch, and with any number of threads. The surrogate
+differs from the network by some 2^-bits relative (20 bits and more up to 4,096 terms, close to float32's 24); what it
+finds is only a candidate, to be judged on the network itself.
+
+Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models resistant to adversarial attacks. 2018.
+Margin loss: Carlini, Wagner. Towards evaluating the robustness of neural networks. 2017. Splitting into exact products:
+Ozaki, Ogita, Oishi, Rump. Error-free transformations of matrix multiplication. 2012.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from netassay.heavy import torch
+from netassay.networks.graph import Graph, Operation, Relu
+from netassay.numerics.bounds.linear import MAPS, chain, weights
+from netassay.numerics.bounds.regions import Ball
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Bits of an integer that float64 holds exactly.
+_EXACT = 53
+#: A margin nearer to 0 than this, relative to the largest output, may have another sign on the network itself: above
+#: the error of a surrogate of 20 bits through a few layers. A guess too low costs a candidate that is refused later.
+_DOUBT = 2.0**-14
+#: Rows (inputs x starts) evaluated together, so that a large group keeps its layers in cache.
+_ROWS = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """points: (batch, *input), float64 values that float32 holds exactly, each inside its ball as far as `inside` says.
+
+    margins: (batch,), f_y - max_j!=y f_j of the surrogate at the points: below 0 suggests a counterexample.
+    inside: (batch,), bool; False where float32 has no point of the ball to offer near the one found.
+    """
+
+    points: Tensor
+    margins: Tensor
+    inside: Tensor
+
+
+def pgd(
+    graph: Graph,
+    region: Ball,
+    labels: Tensor,
+    *,
+    steps: int,
+    restarts: int,
+    seeds: Sequence[int],
+    starts: Tensor | None = None,
+) -> Attack:
+    """The point of smallest margin met on the way, per ball of the region (float64).
+
+    labels: (batch,), int64. steps: gradient steps of each start, their length falling linearly from the radius to 0.
+    restarts: the first starts at the centre, the others at random points of the ball drawn from the item's own seed.
+    starts: (batch, more, *input), further points to start from, e.g. the worst corners of a linear bound; they are
+    projected first. An item stops at its first start with a margin clearly below 0.
+    """
+    with torch.no_grad():
+        surrogate = _Surrogate.of(graph)
+        lower, upper = _representable(region)
+        centre = torch.minimum(torch.maximum(region.centre, lower), upper)
+        points = [centre[:, None]]
+        if restarts > 1:
+            points.append(torch.stack([_random(region, item, restarts - 1, seed) for item, seed in enumerate(seeds)]))
+        if starts is not None:
+            points.append(starts)
+        x = torch.cat(points, dim=1)
+        size = max(1, _ROWS // x.shape[1])
+        parts = [
+            _descend(surrogate, region[which], (lower[which], upper[which]), labels[which], x[which], steps)
+            for which in (slice(start, start + size) for start in range(0, len(region), size))
+        ]
+        found, margins = (torch.cat(column) for column in zip(*parts, strict=True))
+        rounded = torch.minimum(torch.maximum(found.float().double(), lower), upper)
+        return Attack(rounded, margins, contains(region, rounded))
+
+
+def contains(region: Ball, points: Tensor) -> Tensor:
+    """Whether each point lies in its ball, in exact arithmetic; and is a float32: (batch,), bool.
+
+    points: (batch, *input), float64. Where rounding leaves it open, the answer is no.
+    """
+    lower, upper = _representable(region)
+    flat = (points >= lower) & (points <= upper) & (points == points.float().double())
+    inside = flat.flatten(1).all(1)
+    if region.norm == "2":
+        # A sum of n squares of differences errs by less than (n + 4) u relative, its root by half of that.
+        length = torch.linalg.vector_norm((points - region.centre).flatten(1), dim=1)
+        inside &= length * (1 + (points[0].numel() + 4) * 2.0**-52) <= region.radius
+    return inside
+
+
+def _representable(region: Ball) -> tuple[Tensor, Tensor]:
+    """The float32 numbers of the smallest box around each ball, rounded inward: lower, upper, float64.
+
+    lower > upper where a coordinate's range holds no float32.
+    """
+    infinity = torch.tensor(torch.inf, dtype=torch.float64)
+    spread = region.spread()
+    low, high = region.centre - spread, region.centre + spread
+    # The computed ends may lie half a unit outside; one unit inward is inside, except that radius 0 is exact.
+    low = torch.where(spread > 0, torch.nextafter(low, infinity), low).clamp(min=region.low)
+    high = torch.where(spread > 0, torch.nextafter(high, -infinity), high).clamp(max=region.high)
+    return _inward(low, 1), _inward(high, -1)
+
+
+def _inward(end: Tensor, direction: int) -> Tensor:
+    """The nearest float32 on that side of each number, as float64."""
+    near = end.float()
+    beyond = torch.nextafter(near, torch.tensor(direction * torch.inf, dtype=torch.float32))
+    missed = near.double() < end if direction > 0 else near.double() > end
+    return torch.where(missed, beyond, near).double()
+
+
+def _random(region: Ball, item: int, count: int, seed: int) -> Tensor:
+    """Points of one ball: (count, *input). Uniform for norm inf; for norm 2 of uniform direction and length."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, *region.centre.shape[1:])
+    if region.norm == "inf":
+        step = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+    else:
+        step = torch.randn(shape, generator=generator, dtype=torch.float64)
+        length = torch.rand(count, generator=generator, dtype=torch.float64)
+        step *= _column(length / _norm(step), step)
+    return region.centre[item] + region.radius[item] * step
+
+
+def _descend(
+    surrogate: _Surrogate, region: Ball, box: tuple[Tensor, Tensor], labels: Tensor, x: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """x: (batch, starts, *input). Returns the best points (batch, *input) and their margins (batch,)."""
+    batch, starts = x.shape[:2]
+    project = _projection(region, box)
+    best, least = x[:, 0].clone(), torch.full((batch,), torch.inf, dtype=torch.float64)
+    items = torch.arange(batch)
+    x = project(x, items)
+    for step in range(steps + 1):
+        margin, size, gradient = surrogate.margin(x.flatten(0, 1), labels[items].repeat_interleave(starts))
+        margin, size, gradient = margin.reshape(-1, starts), size.reshape(-1, starts), gradient.reshape(x.shape)
+        lowest, which = margin.min(1)
+        better = lowest < least[items]
+        least[items[better]] = lowest[better]
+        best[items[better]] = x[torch.arange(len(items)), which][better]
+        # Within the surrogate's own error a margin proves nothing yet.
+        running = (margin >= -_DOUBT * size).all(1)
+        if step == steps or not bool(running.any()):
+            break
+        items, x, gradient = items[running], x[running], gradient[running]
+        length = _column(region.radius[items] * (1 - step / steps), x)
+        x = project(x - length * _direction(gradient, region.norm), items)
+    return best, least
+
+
+def _direction(gradient: Tensor, norm: str) -> Tensor:
+    """Steepest direction of length one in the norm; gradient: (batch, starts, *input)."""
+    if norm == "inf":
+        return gradient.sign()
+    flat = gradient.flatten(0, 1)
+    return (flat * _column(1 / _norm(flat), flat)).reshape(gradient.shape)
+
+
+def _projection(region: Ball, box: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """x (batch, starts, *input) of these items, moved into their balls. Clamping to the box moves a point no further
+    from a centre inside it, so one pass is enough for norm 2.
+    """
+    lower, upper = (side[:, None] for side in box)
+
+    def project(x: Tensor, items: Tensor) -> Tensor:
+        if region.norm == "2":
+            centre = region.centre[items][:, None]
+            away = (x - centre).flatten(0, 1)
+            # Room for the last rounding to float32, of at most half a unit in the last place a coordinate (values of
+            # order one), and for the norm itself, which is read from 2^-20 of the largest entry.
+            room = region.radius * (1 - 2.0**-18) - 2.0**-24 * math.sqrt(away[0].numel())
+            shrink = (room[items].clamp(min=0).repeat_interleave(x.shape[1]) / _norm(away)).clamp(max=1)
+            x = centre + (away * _column(shrink, away)).reshape(x.shape)
+        return torch.minimum(torch.maximum(x, lower[items]), upper[items])
+
+    return project
+
+
+def _column(value: Tensor, like: Tensor) -> Tensor:
+    """One number a row, shaped to multiply `like`."""
+    return value.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm of each row, summed exactly and so in any order; never 0. x: (rows, *shape)."""
+    rounded = _rounded(x, (_EXACT - math.ceil(math.log2(max(2, x[0].numel())))) // 2)
+    return rounded.square().flatten(1).sum(1).sqrt().clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+
+
+def _rounded(x: Tensor, bits: int) -> Tensor:
+    """Each row of x rounded to `bits` binary digits below its largest entry. x: (rows, *shape)."""
+    _, exponent = torch.frexp(x.flatten(1).abs().amax(1))
+    # Clamped so that a row of (nearly) zeros stays one, far from overflow. Written as bits, since a power computed by
+    # a library need not be exact: multiplying and dividing by it then is.
+    power = (bits - exponent.long()).clamp(-900, 900)
+    unit = _column(((power + 1023) << 52).view(torch.float64), x)
+    return (x * unit).round() / unit
+
+
+@dataclass(frozen=True, eq=False)
+class _Surrogate:
+    """The network with sums that float64 computes exactly."""
+
+    graph: Graph
+    weights: dict[str, Tensor | None]
+    biases: dict[str, Tensor | None]
+    bits: dict[str, int]
+
+    @classmethod
+    def of(cls, graph: Graph) -> _Surrogate:
+        exact, biases, bits = {}, {}, {}
+        for target, w in weights(graph, torch.float64).items():
+            bits[target] = (_EXACT - math.ceil(math.log2(max(2, w.terms)))) // 2
+            exact[target] = None if w.weight is None else w.weight
+            if w.weight is not None and w.terms > 1:
+                exact[target] = _rounded(w.weight[None], bits[target])[0]
+            biases[target] = w.constant
+        return cls(graph, exact, biases, bits)
+
+    def margin(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Margin (rows,), largest |output| (rows,) and gradient of the margin (rows, *input), at x: (rows, *input)."""
+        values = {self.graph.input: x}
+        operations = chain(self.graph)
+        for operation in operations:
+            values[operation.target] = FORWARD[type(operation)](self, operation, values[operation.source])
+        outputs = values[self.graph.output].flatten(1)
+        right = outputs.gather(1, labels[:, None])
+        others = outputs.scatter(1, labels[:, None], -torch.inf)
+        best, rival = others.max(1, keepdim=True)
+        ones = torch.ones_like(right)
+        gradient = torch.zeros_like(outputs).scatter_(1, labels[:, None], ones).scatter_(1, rival, -ones)
+        reached = {self.graph.output: gradient.reshape(values[self.graph.output].shape)}
+        for operation in reversed(operations):
+            above = reached.pop(operation.target, None)
+            if above is not None:
+                below = BACKWARD[type(operation)](self, operation, above, values[operation.source])
+                known = reached.get(operation.source)
+                reached[operation.source] = below if known is None else known + below
+        return (right - best)[:, 0], outputs.abs().amax(1), reached[self.graph.input]
+
+
+def _forward_linear(surrogate: _Surrogate, operation: Operation, x: Tensor) -> Tensor:
+    weight, bias = surrogate.weights[operation.target], surrogate.biases[operation.target]
+    if weight is None:
+        return MAPS[type(operation)].apply(operation, None, None, x)
+    y = MAPS[type(operation)].apply(operation, weight, None, _rounded(x, surrogate.bits[operation.target]))
+    return y if bias is None else y + bias
+
+
+def _backward_linear(surrogate: _Surrogate, operation: Operation, a: Tensor, x: Tensor) -> Tensor:
+    weight = surrogate.weights[operation.target]
+    a = a if weight is None else _rounded(a, surrogate.bits[operation.target])
+    return MAPS[type(operation)].adjoint(operation, weight, a, tuple(x.shape[1:]))
+
+
+FORWARD: dict[type[Operation], Callable[[_Surrogate, Operation, Tensor], Tensor]] = {
+    **dict.fromkeys(MAPS, _forward_linear),
+    Relu: lambda surrogate, operation, x: x.clamp(min=0),
+}
+
+BACKWARD: dict[type[Operation], Callable[[_Surrogate, Operation, Tensor, Tensor], Tensor]] = {
+    **dict.fromkeys(MAPS, _backward_linear),
+    Relu: lambda surrogate, operation, a, x: a * (x > 0),
+}

@@ -1,0 +1,102 @@
+"""What floating point can change, as explicit error bounds. Two questions, kept apart.
+
+*How far is an evaluation of the network from the exact one?* `evaluation`: one operation y = W x + b in unit roundoff u
+errs by at most
+
+    local = g (|W| (H + e(x)) + |b|),   g = k u / (1 - k u),  k = n + 2,   and   e(y) = |W| e(x) + local,
+
+n the number of products in a sum, H >= |x| over the region, e(x) the error that x already has; ReLU passes e on. It
+holds for any order of summation, fused or not, and for constants rounded to u first (Higham, Accuracy and stability of
+numerical algorithms, 2002, section 3.1). An evaluated network is thus the exact one with every value moved by at most
+its `local`.
+
+*What can rounding in a backward (CROWN) pass add to a bound?* `backward`: a pass multiplies coefficients A by W with an
+error of at most g |A| |W|, which changes the bound by at most g |A| |W| H. Slopes lie in [0, 1], so
+|A| <= |C| |W_L| ... |W_l+1| for specification C, and the sum of all changes, intercepts (at most H) and biases
+included, is at most |C| E(output) with
+
+    E(input) = 2 g H,  E(W x + b) = |W| (E(x) + g H) + g |b|,  E(relu x) = E(x) + 2 g H,  then doubled,
+
+g for k roundings, more than any one number sees. Doubling covers products of errors, and rounding in E itself, as long
+as k u is below 1 %. Both cost one more product with |W| per operation and box, whatever the number of rows.
+
+Not covered: overflow, and evaluators that do not compute sums of products (Winograd convolutions) or compute them in
+fewer bits (TF32, bfloat16).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from netassay.heavy import torch
+from netassay.networks.graph import Graph, Operation, Relu
+from netassay.numerics.bounds.linear import MAPS, Weights, chain, weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from netassay.numerics.bounds.interval import Interval
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """k u / (1 - k u): the relative error of a sum of `terms` products in `dtype`.
+
+    Raises ValueError where k u is not below 1 %: float32 and sums of more than 160,000 terms.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    if terms * unit > 0.01:
+        raise ValueError(f"sums of {terms} terms cannot be bounded usefully in {dtype}; use float64")
+    return terms * unit / (1 - terms * unit)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest normal number: more than what underflow can change in one operation."""
+    return torch.finfo(dtype).tiny
+
+
+def local_gamma(w: Weights, evaluated: torch.dtype | None) -> float:
+    """g of one operation evaluated in this dtype; 0 for exact arithmetic and where nothing is computed."""
+    return 0.0 if evaluated is None or w.weight is None else gamma(w.terms + 2, evaluated) * (1 + _GUARD)
+
+
+#: The bounds on errors are computed in rounded arithmetic themselves; far above what that can lose.
+_GUARD = 2.0**-20
+
+
+def evaluation(
+    operation: Operation, w: Weights, x: Interval, error: Tensor, evaluated: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """local and e of an operation's target, from x, which bounds its source as evaluated, and the source's e.
+
+    local is None where the operation computes nothing that rounds. Both (batch, *shape).
+    """
+    if isinstance(operation, Relu):
+        return None, error * (x.upper > 0)  # a neuron that stays off passes nothing on
+    apply = MAPS[type(operation)].apply
+    if w.bias is None:
+        return None, apply(operation, None, None, error)
+    g = local_gamma(w, evaluated)
+    local = apply(operation, w.absolute, g * w.bias.abs(), g * x.magnitude()) + 4 * w.terms * smallest(evaluated)
+    return local, local + apply(operation, w.absolute, None, error) * (1 + _GUARD)
+
+
+def backward(graph: Graph, values: dict[str, Interval]) -> dict[str, Tensor]:
+    """E of each value, (batch, *shape), for a pass in the dtype of `values`.
+
+    values: valid boxes of all values, e.g. by `interval.propagate`.
+    """
+    dtype = values[graph.input].lower.dtype
+    of_graph = weights(graph, dtype)
+    operations = chain(graph)
+    # 8 roundings an operation beyond its sums: slopes, intercepts, accumulation of the constant term.
+    g = gamma(max((w.terms for w in of_graph.values()), default=1) + 8 * len(operations) + 16, dtype)
+    found = {graph.input: 2 * g * values[graph.input].magnitude()}
+    for operation in operations:
+        source, w = values[operation.source].magnitude(), of_graph[operation.target]
+        if isinstance(operation, Relu):
+            error = found[operation.source] + 2 * g * source
+        else:
+            bias = None if w.bias is None else g * w.bias.abs()
+            error = MAPS[type(operation)].apply(operation, w.absolute, bias, found[operation.source] + g * source)
+        found[operation.target] = error + 4 * w.terms * smallest(dtype)
+    return {value: 2 * error for value, error in found.items()}

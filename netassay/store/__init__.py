@@ -1,0 +1,1 @@
+"""The shared records and artifacts of a lab."""

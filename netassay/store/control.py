@@ -1,0 +1,88 @@
+"""What people ask of a batch: pause, resume, cancel, retry, weight."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+
+from netassay.store.database import Database, StoreError, slices
+from netassay.store.reset import forget_records
+
+
+class NoSuchBatch(StoreError):
+    """No batch of that name; the message lists the newest ones."""
+
+
+def batch_id_of(database: Database, name: str) -> int:
+    with database.read() as connection:
+        found = connection.execute(
+            text("SELECT id FROM batch WHERE name = :name AND state <> 'arriving'"), {"name": name}
+        ).scalar()
+        if found is not None:
+            return found
+        newest = connection.execute(
+            text("SELECT name FROM batch WHERE state <> 'arriving' ORDER BY id DESC LIMIT 5")
+        ).scalars()
+        others = ", ".join(newest)
+    raise NoSuchBatch(f"no batch is called {name!r}" + (f"; the newest are: {others}" if others else "; none was submitted yet"))
+
+
+def _move(database: Database, name: str, state: str, allowed: tuple[str, ...]) -> bool:
+    batch_id = batch_id_of(database, name)
+    places = ", ".join(f"'{item}'" for item in allowed)
+    with database.write(durable=True) as connection:
+        return bool(
+            connection.execute(
+                text(f"UPDATE batch SET state = :state, reason = '' WHERE id = :id AND state IN ({places})"),
+                {"id": batch_id, "state": state},
+            ).rowcount
+        )
+
+
+def pause(database: Database, name: str) -> bool:
+    """Start no more of its jobs; running ones end. False where it was not open."""
+    return _move(database, name, "paused", ("open",))
+
+
+def resume(database: Database, name: str) -> bool:
+    """Go on with a paused or cancelled batch; it will not pause itself again. False where it was neither."""
+    batch_id = batch_id_of(database, name)
+    with database.write() as connection:
+        connection.execute(text("UPDATE batch SET judged = 1 WHERE id = :id"), {"id": batch_id})
+    return _move(database, name, "open", ("paused", "cancelled"))
+
+
+def cancel(database: Database, name: str) -> bool:
+    """Start no more of its jobs and stop running ones, except where another open batch holds them."""
+    return _move(database, name, "cancelled", ("open", "paused"))
+
+
+def retry(database: Database, name: str, cause: str | None = None) -> int:
+    """Give the batch's failed jobs (of one cause, if given) a new start. Returns how many."""
+    batch_id = batch_id_of(database, name)
+    with database.read() as connection:
+        failed = list(
+            connection.execute(
+                text(
+                    "SELECT r.job_id FROM membership m JOIN record r ON r.job_id = m.job_id WHERE m.batch_id = :id"
+                    " AND r.state = 'failed'" + (" AND r.cause = :cause" if cause else "")
+                ),
+                {"id": batch_id, "cause": cause} if cause else {"id": batch_id},
+            ).scalars()
+        )
+    retried = 0
+    for piece in slices(failed, 5_000):
+        with database.write(durable=True) as connection:
+            retried += forget_records(connection, piece)
+    if retried:
+        with database.write() as connection:
+            connection.execute(text("UPDATE batch SET judged = 1 WHERE id = :id"), {"id": batch_id})
+    return retried
+
+
+def set_weight(database: Database, name: str, weight: float) -> None:
+    """Its share of the slots against other open batches; 1 is usual."""
+    if not 0.001 <= weight <= 1000:
+        raise StoreError(f"a weight of {weight} is outside 0.001..1000")
+    batch_id = batch_id_of(database, name)
+    with database.write() as connection:
+        connection.execute(text("UPDATE batch SET weight = :weight WHERE id = :id"), {"id": batch_id, "weight": weight})

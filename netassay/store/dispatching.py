@@ -1,0 +1,364 @@
+"""What a dispatcher does to the store: cut chunks and mark them published, take back what was lost, settle needs.
+
+Every step is a compare-and-set within one write transaction, so two dispatchers do no harm.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Row, text
+
+from netassay.store.database import Database
+from netassay.store.reset import make_ready
+
+#: A chunk should take about this long: short enough to share and to give back, long enough to vanish in the overhead.
+CHUNK_SECONDS = 2.0
+#: More jobs in one transaction keep others waiting.
+CHUNK_JOBS = 10_000
+#: As many worker losses while it ran make a job suspect of causing them.
+LOSSES_SUSPECT = 3
+
+
+@dataclass(frozen=True)
+class Message:
+    """A chunk to publish: its id, and a label for people: batch / method / range."""
+
+    chunk_id: int
+    label: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WorkerSeen:
+    id: int
+    name: str
+    counter: int
+    slots: int
+
+
+def alive_workers(connection: Connection) -> list[WorkerSeen]:
+    rows = connection.execute(text("SELECT id, name, counter, slots FROM worker WHERE state = 'alive'"))
+    return [WorkerSeen(*row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Published chunks that nobody has claimed (id -> serial), and the newest serial that somebody has."""
+
+    published: dict[int, int]
+    claimed: int
+
+
+def backlog(connection: Connection) -> Backlog:
+    rows = connection.execute(text("SELECT id, serial FROM chunk WHERE state = 'published'"))
+    published: dict[int, int] = {row.id: row.serial for row in rows}
+    claimed = connection.execute(text("SELECT value FROM lab WHERE name = 'claimed'")).scalar_one()
+    return Backlog(published, claimed)
+
+
+@dataclass(frozen=True)
+class OpenBatch:
+    id: int
+    name: str
+    weight: float
+
+
+def open_batches(connection: Connection) -> list[OpenBatch]:
+    """Batches with something to publish now, oldest first."""
+    rows = connection.execute(
+        text(
+            "SELECT id, name, weight FROM batch b WHERE state = 'open' AND ("
+            " EXISTS (SELECT 1 FROM segment s WHERE s.batch_id = b.id AND s.waiting = 0 AND s.next < s.stop)"
+            " OR EXISTS (SELECT 1 FROM chunk c JOIN segment s ON s.id = c.segment_id"
+            "  WHERE c.state = 'ready' AND c.batch_id = b.id AND s.waiting = 0)) ORDER BY id"
+        )
+    )
+    return [OpenBatch(*row) for row in rows]
+
+
+def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Message | None:
+    """Within a write transaction: mark the batch's next chunk as published.
+
+    Order: chunks given back; the first job of each segment, alone, so that a mistake shows early; the rest.
+    """
+    row = connection.execute(
+        text(
+            "SELECT c.id, c.start, c.stop, s.id AS segment_id, s.hint, s.seconds, s.group_size, s.label,"
+            " m.name AS method, m.seconds AS method_seconds"
+            " FROM chunk c JOIN segment s ON s.id = c.segment_id JOIN method_version m ON m.id = s.method_id"
+            " WHERE c.state = 'ready' AND c.batch_id = :b AND s.waiting = 0 ORDER BY c.id LIMIT 1"
+        ),
+        {"b": batch.id},
+    ).one_or_none()
+    if row is not None:
+        chunk_id, start, stop = row.id, row.start, row.stop
+        largest = _jobs_a_chunk(row, stop - start, slots, share=False)
+        if stop - start > largest:  # given back in one piece by a lost worker, but slower than was thought
+            stop = start + largest
+            connection.execute(text("UPDATE chunk SET stop = :stop WHERE id = :id"), {"stop": stop, "id": chunk_id})
+            make_ready(connection, batch.id, range(stop, row.stop))
+    else:
+        row = connection.execute(
+            text(
+                "SELECT s.id AS segment_id, s.start, s.stop, s.next, s.hint, s.seconds, s.group_size, s.label,"
+                " m.name AS method, m.seconds AS method_seconds"
+                " FROM segment s JOIN method_version m ON m.id = s.method_id"
+                " WHERE s.batch_id = :b AND s.waiting = 0 AND s.next < s.stop"
+                " ORDER BY s.next > s.start, s.start LIMIT 1"
+            ),
+            {"b": batch.id},
+        ).one_or_none()
+        if row is None:
+            return None
+        start = row.next
+        size = 1 if start == row.start else _jobs_a_chunk(row, row.stop - start, slots, share=True)
+        stop = start + size
+        connection.execute(text("UPDATE segment SET next = :next WHERE id = :id"), {"next": stop, "id": row.segment_id})
+        chunk_id = connection.execute(
+            text(
+                "INSERT INTO chunk (segment_id, batch_id, start, stop, state)"
+                " VALUES (:s, :b, :start, :stop, 'ready') RETURNING id"
+            ),
+            {"s": row.segment_id, "b": batch.id, "start": start, "stop": stop},
+        ).scalar_one()
+    _mark(connection, chunk_id)
+    label = f"{batch.name} / {row.method}{f' on {row.label}' if row.label else ''} / {start}..{stop - 1}"
+    return Message(chunk_id, label, seconds=_seconds_a_job(row) * (stop - start))
+
+
+def _seconds_a_job(row: Row) -> float:
+    """The newest timing of the segment, else of the method, else the method's own hint."""
+    return next(value for value in (row.seconds, row.method_seconds, row.hint) if value is not None)
+
+
+def _jobs_a_chunk(row: Row, left: int, slots: int, share: bool) -> int:
+    seconds = max(_seconds_a_job(row), 1e-6)
+    jobs = min(CHUNK_JOBS, max(1, int(CHUNK_SECONDS / seconds)))
+    if jobs >= row.group_size:
+        jobs -= jobs % row.group_size  # a broken group costs as much as a whole one where jobs vectorise
+    if share and left < 2 * jobs * slots and left * seconds > 0.2:
+        # The end of a segment is dealt out evenly, in whole groups where that keeps every slot busy.
+        even = -(-left // (slots if left <= jobs * slots else 2 * slots))
+        whole = -(-even // row.group_size) * row.group_size
+        jobs = min(jobs, whole if whole * (slots - 1) < left else even)
+    return min(jobs, left)
+
+
+def _mark(connection: Connection, chunk_id: int) -> None:
+    serial = connection.execute(
+        text("UPDATE lab SET value = value + 1 WHERE name = 'published' RETURNING value")
+    ).scalar_one()
+    connection.execute(
+        text("UPDATE chunk SET state = 'published', serial = :serial WHERE id = :id AND state IN ('ready', 'published')"),
+        {"serial": serial, "id": chunk_id},
+    )
+
+
+def unpublish(connection: Connection, chunk_ids: Sequence[int]) -> None:
+    """Nothing was sent for these chunks (or it was lost): they may be published again. Claimed ones are left alone."""
+    for chunk_id in chunk_ids:
+        connection.execute(
+            text("UPDATE chunk SET state = 'ready' WHERE id = :id AND state = 'published'"), {"id": chunk_id}
+        )
+
+
+def incarnation(connection: Connection) -> int:
+    """Number that Redis must know if it still holds what was published."""
+    return connection.execute(text("SELECT value FROM lab WHERE name = 'incarnation'")).scalar_one()
+
+
+def new_incarnation(connection: Connection) -> int:
+    """Everything published is to be published again: Redis has forgotten it."""
+    value = secrets.randbits(53)
+    connection.execute(text("UPDATE lab SET value = :v WHERE name = 'incarnation'"), {"v": value})
+    connection.execute(text("UPDATE chunk SET state = 'ready' WHERE state = 'published'"))
+    return value
+
+
+def reclaim(database: Database, worker_id: int, counter: int) -> int:
+    """Declare a worker lost whose counter stood still: its chunks go back. Returns how many.
+
+    Does nothing if the counter has moved since it was read.
+    """
+    with database.write() as connection:
+        lost = connection.execute(
+            text("UPDATE worker SET state = 'lost' WHERE id = :id AND counter = :counter AND state = 'alive'"),
+            {"id": worker_id, "counter": counter},
+        ).rowcount
+        if not lost:
+            return 0
+        chunks = connection.execute(
+            text("SELECT id, current, token FROM chunk WHERE worker_id = :id AND state = 'claimed'"), {"id": worker_id}
+        ).all()
+        for chunk in chunks:
+            _count_loss(connection, worker_id, chunk)
+            release(connection, chunk.id)
+        return len(chunks)
+
+
+def _count_loss(connection: Connection, worker_id: int, chunk: Row) -> None:
+    """A worker died while these jobs ran. Most often that is not their fault: it is counted apart from attempts,
+    until it has happened so often that each further time is one."""
+    jobs = [int(job) for job in (chunk.current or "").split()]
+    for job_id in jobs:
+        losses = connection.execute(
+            text(
+                "INSERT INTO worker_loss (job_id, losses) VALUES (:id, 1)"
+                " ON CONFLICT (job_id) DO UPDATE SET losses = worker_loss.losses + 1 RETURNING losses"
+            ),
+            {"id": job_id},
+        ).scalar_one()
+        if losses > LOSSES_SUSPECT and len(jobs) == 1:
+            now = time.time()
+            connection.execute(
+                text(
+                    "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone, message,"
+                    " log) VALUES (:job, :chunk, :token, :worker, :now, :now, 'crash', 1, :message, '')"
+                ),
+                {"job": job_id, "chunk": chunk.id, "token": chunk.token, "worker": worker_id, "now": now,
+                 "message": f"the whole worker was lost while this job ran alone, after {losses - 1} such losses"},
+            )  # fmt: skip
+
+
+def release(connection: Connection, chunk_id: int, state: str = "ready") -> None:
+    """Take a chunk from its holder, whose token is void from here on."""
+    connection.execute(text("DELETE FROM running WHERE chunk_id = :id"), {"id": chunk_id})
+    connection.execute(
+        text("UPDATE chunk SET state = :state, token = NULL, worker_id = NULL, current = NULL WHERE id = :id"),
+        {"id": chunk_id, "state": state},
+    )
+
+
+def unblock(connection: Connection) -> int:
+    """Chunks whose jobs were running for another batch, and are no more, become ready again."""
+    return connection.execute(
+        text(
+            "UPDATE chunk SET state = 'ready' WHERE state = 'blocked' AND NOT EXISTS ("
+            " SELECT 1 FROM membership m JOIN running r ON r.job_id = m.job_id"
+            " WHERE m.batch_id = chunk.batch_id AND m.ordinal >= chunk.start AND m.ordinal < chunk.stop)"
+        )
+    ).rowcount
+
+
+def blocked(connection: Connection) -> bool:
+    return connection.execute(text("SELECT 1 FROM chunk WHERE state = 'blocked' LIMIT 1")).one_or_none() is not None
+
+
+def waiting_segments(connection: Connection) -> list[tuple[int, list[str]]]:
+    """Segments of open batches that wait, and the end of each job they need ('' where it has not ended)."""
+    rows = connection.execute(
+        text(
+            "SELECT n.segment_id, coalesce(r.state, '') FROM segment s JOIN batch b ON b.id = s.batch_id"
+            " JOIN need n ON n.segment_id = s.id LEFT JOIN record r ON r.job_id = n.job_id"
+            " WHERE s.waiting = 1 AND b.state = 'open'"
+        )
+    )
+    found: dict[int, list[str]] = {}
+    for segment_id, state in rows:
+        found.setdefault(segment_id, []).append(state)
+    return list(found.items())
+
+
+def settle_needs(database: Database) -> int:
+    """Let segments go whose needs are done; fail the jobs of those whose needs failed. Returns how many changed."""
+    with database.read() as connection:
+        found = [(segment, ends) for segment, ends in waiting_segments(connection) if "" not in ends]
+    if not found:
+        return 0
+    with database.write() as connection:
+        for segment_id, ends in found:
+            connection.execute(text("UPDATE segment SET waiting = 0 WHERE id = :id AND waiting = 1"), {"id": segment_id})
+            if set(ends) != {"done"}:
+                _fail_segment(connection, segment_id)
+    return len(found)
+
+
+def _fail_segment(connection: Connection, segment_id: int) -> None:
+    """Fail every job of a segment that has not ended; its unfinished chunks then find nothing left to run."""
+    needed = connection.execute(
+        text(
+            "SELECT n.reference, r.state, r.cause, r.message FROM need n JOIN record r ON r.job_id = n.job_id"
+            " WHERE n.segment_id = :id AND r.state <> 'done' LIMIT 1"
+        ),
+        {"id": segment_id},
+    ).one()
+    message = (
+        f"the network it needs could not be built ({needed.reference[:19]}...: {needed.cause or needed.state}:"
+        f" {needed.message}); mend that and retry"
+    )
+    connection.execute(
+        text(
+            "INSERT INTO record (job_id, state, cause, message, finished_at)"
+            " SELECT m.job_id, 'failed', 'dependency', :message, :now FROM segment s"
+            " JOIN membership m ON m.batch_id = s.batch_id AND m.ordinal >= s.start AND m.ordinal < s.stop"
+            " WHERE s.id = :id AND NOT EXISTS (SELECT 1 FROM running u WHERE u.job_id = m.job_id)"
+            " ON CONFLICT DO NOTHING"
+        ),
+        {"id": segment_id, "message": message, "now": time.time()},
+    )
+
+
+#: A batch whose first so many jobs all failed with one cause pauses itself.
+JUDGED_JOBS = 20
+
+
+def pause_hopeless(database: Database) -> list[str]:
+    """Pause open batches whose first 20 jobs to end all failed with one cause. Returns what to say about each."""
+    said = []
+    with database.read() as connection:
+        candidates = connection.execute(
+            text(
+                "SELECT b.id, b.name FROM batch b WHERE b.state = 'open' AND b.judged = 0 AND b.size > :n AND :n <="
+                " (SELECT sum(done + not_applicable + failed) FROM chunk c WHERE c.batch_id = b.id)"
+            ),
+            {"n": JUDGED_JOBS},
+        ).all()
+    for batch in candidates:
+        with database.write() as connection:
+            ends = connection.execute(
+                text(
+                    "SELECT r.state, r.cause, r.message FROM membership m JOIN record r ON r.job_id = m.job_id"
+                    " WHERE m.batch_id = :b ORDER BY r.finished_at, m.ordinal LIMIT :n"
+                ),
+                {"b": batch.id, "n": JUDGED_JOBS},
+            ).all()
+            causes = {row.cause if row.state == "failed" else "" for row in ends}
+            hopeless = len(causes) == 1 and "" not in causes and len(ends) == JUDGED_JOBS
+            reason = (
+                f"its first {JUDGED_JOBS} jobs all failed with cause {ends[0].cause} ({ends[0].message[:200]}); "
+                f"resume it if that is expected"
+                if hopeless
+                else ""
+            )
+            connection.execute(
+                text(
+                    "UPDATE batch SET judged = 1, reason = :reason, state = CASE WHEN :hopeless = 1 THEN 'paused'"
+                    " ELSE state END WHERE id = :id AND state = 'open'"
+                ),
+                {"id": batch.id, "reason": reason, "hopeless": int(hopeless)},
+            )
+        if hopeless:
+            said.append(f"batch {batch.name} paused itself: {reason}")
+    return said
+
+
+def finish_batches(database: Database) -> None:
+    """Batches all of whose jobs have ended are finished."""
+    settled = (
+        "b.state = 'open' AND b.size = (SELECT coalesce(sum(done + not_applicable + failed), 0) FROM chunk c"
+        " WHERE c.batch_id = b.id)"
+    )
+    with database.read() as connection:
+        ended = list(connection.execute(text(f"SELECT b.id FROM batch b WHERE {settled}")).scalars())
+    for batch_id in ended:
+        with database.write() as connection:
+            connection.execute(
+                text(
+                    f"UPDATE batch SET state = 'finished' WHERE id = :id AND id IN (SELECT b.id FROM batch b WHERE {settled})"
+                ),
+                {"id": batch_id},
+            )

@@ -1,0 +1,84 @@
+"""Give jobs that ended a new start: their records go, and every batch that holds them counts them as open again."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+
+def forget_records(connection: Connection, jobs: Sequence[int]) -> int:
+    """Within a write transaction: forget how these jobs ended. Returns how many had ended.
+
+    In every batch that had counted one, the count goes down and a chunk of its own range is made ready, so the sum over
+    a batch's chunks stays what its records say. Attempts are kept, but no longer count against the job.
+    """
+    ended = 0
+    for start in range(0, len(jobs), 5_000):
+        ended += _forget(connection, ", ".join(map(str, jobs[start : start + 5_000])))
+    return ended
+
+
+def _forget(connection: Connection, places: str) -> int:
+    counted = connection.execute(
+        text(
+            "SELECT m.batch_id, m.ordinal, r.state,"
+            # The newest chunk over an ordinal is the one that counted it: a retry lies over an older range.
+            " (SELECT max(c.id) FROM chunk c WHERE c.batch_id = m.batch_id AND c.start <= m.ordinal"
+            "  AND m.ordinal < c.stop AND c.state = 'finished') AS chunk_id"
+            " FROM record r JOIN membership m ON m.job_id = r.job_id JOIN batch b ON b.id = m.batch_id"
+            f" WHERE b.state <> 'arriving' AND r.job_id IN ({places})"
+        )
+    ).all()
+    ended = connection.execute(text(f"DELETE FROM record WHERE job_id IN ({places})")).rowcount
+    connection.execute(text(f"UPDATE attempt SET spent = 1 WHERE job_id IN ({places})"))
+    connection.execute(text(f"DELETE FROM worker_loss WHERE job_id IN ({places})"))
+    lost = Counter((row.chunk_id, row.state) for row in counted if row.chunk_id is not None)
+    for (chunk_id, state), number in lost.items():
+        connection.execute(text(f"UPDATE chunk SET {state} = {state} - :n WHERE id = :id"), {"n": number, "id": chunk_id})
+    ordinals = defaultdict(list)
+    for row in counted:
+        if row.chunk_id is not None:
+            ordinals[row.batch_id].append(row.ordinal)
+    for batch_id, places_of_batch in ordinals.items():
+        make_ready(connection, batch_id, places_of_batch)
+        connection.execute(
+            text("UPDATE batch SET state = 'open' WHERE id = :id AND state = 'finished'"), {"id": batch_id}
+        )
+    # What needs one of these jobs has to wait for it again, and what is run again looks anew at what it needs.
+    connection.execute(
+        text(
+            "UPDATE segment SET waiting = 1 WHERE id IN (SELECT n.segment_id FROM need n"
+            f" WHERE n.job_id IN ({places}) OR n.segment_id IN (SELECT s.id FROM segment s JOIN membership m"
+            f" ON m.batch_id = s.batch_id AND m.ordinal >= s.start AND m.ordinal < s.stop WHERE m.job_id IN ({places})))"
+        )
+    )
+    return ended
+
+
+def make_ready(connection: Connection, batch_id: int, ordinals: Sequence[int], state: str = "ready") -> None:
+    """Chunks over exactly these ordinals of a batch, one for each run of neighbours within a segment."""
+    segments = connection.execute(
+        text(
+            "SELECT id, start, stop FROM segment WHERE batch_id = :b AND start <= :high AND stop > :low ORDER BY start"
+        ),
+        {"b": batch_id, "low": min(ordinals), "high": max(ordinals)},
+    ).all()
+    rows, place = [], 0
+    ordinals = sorted(ordinals)
+    for segment in segments:
+        while place < len(ordinals) and ordinals[place] < segment.stop:
+            start = ordinals[place]
+            stop = start + 1
+            place += 1
+            while place < len(ordinals) and ordinals[place] == stop < segment.stop:
+                stop += 1
+                place += 1
+            rows.append({"s": segment.id, "b": batch_id, "start": start, "stop": stop, "state": state})
+    connection.execute(
+        text(
+            "INSERT INTO chunk (segment_id, batch_id, start, stop, state) VALUES (:s, :b, :start, :stop, :state)"
+        ),
+        rows,
+    )

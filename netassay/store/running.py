@@ -1,0 +1,393 @@
+"""What a worker does to the store: sign on, claim chunks, renew, keep results, give back.
+
+A claim writes a token into the chunk and takes the chunk's unfinished jobs into `running`. Whatever the holder writes
+later carries the token; after a takeover it changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
+
+from netassay import faults
+from netassay.store.database import Database
+from netassay.store.dispatching import LOSSES_SUSPECT, release
+from netassay.store.reset import make_ready
+from netassay.store.submission import BUILDER
+
+#: A job that killed its child this often is not started again.
+MOST_STARTS = 3
+
+
+class StaleToken(Exception):
+    """The chunk was taken over (this worker was thought lost) or given up; what was computed for it is dropped."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job to run. deaths: children it was in when they died; suspect: it must run alone, in a fresh child."""
+
+    id: int
+    params: str
+    deaths: int = 0
+    suspect: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A chunk in hand."""
+
+    chunk_id: int
+    token: str
+    method: str
+    version: int
+    method_id: int
+    segment_id: int
+    time_limit: float
+    memory_limit: int | None
+    group_size: int
+    seconds: float
+    """predicted, a job"""
+    libraries: tuple[str, ...]
+    tasks: list[Task]
+    given: dict[str, str] = field(default_factory=dict)
+    """recipe -> network that stands for it"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job ended. result: JSON text of the result's fields."""
+
+    job_id: int
+    state: str
+    cause: str = ""
+    message: str = ""
+    result: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Death:
+    """A child that died, or was killed, while it ran these jobs."""
+
+    job_ids: tuple[int, ...]
+    started_at: float
+    ended_at: float
+    cause: str
+    message: str
+    log: str
+
+
+def sign_on(database: Database, name: str, host: str, pid: int, slots: int) -> int:
+    with database.write() as connection:
+        return connection.execute(
+            text(
+                "INSERT INTO worker (name, host, pid, slots, state, started_at)"
+                " VALUES (:name, :host, :pid, :slots, 'alive', :now) RETURNING id"
+            ),
+            {"name": name, "host": host, "pid": pid, "slots": slots, "now": time.time()},
+        ).scalar_one()
+
+
+def sign_off(database: Database, worker_id: int) -> None:
+    """The worker leaves in good order; what it still holds goes back."""
+    with database.write() as connection:
+        held = connection.execute(
+            text("SELECT id FROM chunk WHERE worker_id = :id AND state = 'claimed'"), {"id": worker_id}
+        ).scalars()
+        for chunk_id in list(held):
+            release(connection, chunk_id)
+        connection.execute(
+            text("UPDATE worker SET state = 'stopped' WHERE id = :id AND state = 'alive'"), {"id": worker_id}
+        )
+
+
+def provenance_id(database: Database, digest: str, body: str) -> int:
+    with database.write() as connection:
+        connection.execute(
+            text("INSERT INTO provenance (digest, body) VALUES (:digest, :body) ON CONFLICT DO NOTHING"),
+            {"digest": digest, "body": body},
+        )
+        return connection.execute(
+            text("SELECT id FROM provenance WHERE digest = :digest"), {"digest": digest}
+        ).scalar_one()
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """What a worker learns when it renews: lost: it was given up and must sign on anew; the chunks of its own to stop
+    at once (cancelled) and after the jobs they run now (paused)."""
+
+    lost: bool
+    cancelled: frozenset[int]
+    paused: frozenset[int]
+
+
+def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int]]) -> Renewal:
+    """Show a sign of life, with the jobs that run now (chunk -> jobs), and look what has been asked of us."""
+    with database.write() as connection:
+        alive = connection.execute(
+            text("UPDATE worker SET counter = counter + 1 WHERE id = :id AND state = 'alive'"), {"id": worker_id}
+        ).rowcount
+        for chunk_id, jobs in current.items():
+            connection.execute(
+                text("UPDATE chunk SET current = :jobs WHERE id = :id AND worker_id = :worker"),
+                {"id": chunk_id, "worker": worker_id, "jobs": " ".join(map(str, jobs))},
+            )
+        rows = connection.execute(
+            text(
+                # A chunk of a batch that is not open runs on if another open batch waits for one of its jobs.
+                "SELECT c.id, b.state FROM chunk c JOIN batch b ON b.id = c.batch_id"
+                " WHERE c.worker_id = :id AND c.state = 'claimed' AND b.state <> 'open' AND NOT EXISTS ("
+                " SELECT 1 FROM running r JOIN membership m ON m.job_id = r.job_id JOIN batch o ON o.id = m.batch_id"
+                " WHERE r.chunk_id = c.id AND o.state = 'open')"
+            ),
+            {"id": worker_id},
+        ).all()
+    return Renewal(
+        lost=not alive,
+        cancelled=frozenset(row.id for row in rows if row.state == "cancelled"),
+        paused=frozenset(row.id for row in rows if row.state != "cancelled"),
+    )
+
+
+def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
+    """Take a chunk and those of its jobs that are neither done nor running elsewhere.
+
+    None where there is nothing to do: claimed by another, or its batch is not open. The claim is the acknowledgement.
+    """
+    token = secrets.token_hex(8)
+    with database.write() as connection:
+        chunk = connection.execute(
+            text(
+                "SELECT c.id, c.batch_id, c.segment_id, c.start, c.stop, c.state, c.serial, b.state AS batch_state,"
+                " s.method_id, s.time_limit, s.memory_limit, s.group_size, s.libraries,"
+                " coalesce(s.seconds, m.seconds, s.hint) AS seconds, m.name, m.version"
+                " FROM chunk c JOIN batch b ON b.id = c.batch_id JOIN segment s ON s.id = c.segment_id"
+                " JOIN method_version m ON m.id = s.method_id WHERE c.id = :id"
+            ),
+            {"id": chunk_id},
+        ).one_or_none()
+        if chunk is None or chunk.state not in ("published", "ready"):
+            return None
+        if chunk.serial is not None:
+            connection.execute(
+                text("UPDATE lab SET value = :serial WHERE name = 'claimed' AND value < :serial"), {"serial": chunk.serial}
+            )
+        if chunk.batch_state != "open":
+            release(connection, chunk_id)
+            return None
+        connection.execute(
+            text("UPDATE chunk SET state = 'claimed', token = :token, worker_id = :worker WHERE id = :id"),
+            {"id": chunk_id, "token": token, "worker": worker_id},
+        )
+        connection.execute(
+            text(
+                "INSERT INTO running (job_id, chunk_id) SELECT m.job_id, :chunk FROM membership m"
+                " WHERE m.batch_id = :batch AND m.ordinal >= :start AND m.ordinal < :stop"
+                " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id) ON CONFLICT DO NOTHING"
+            ),
+            {"chunk": chunk_id, "batch": chunk.batch_id, "start": chunk.start, "stop": chunk.stop},
+        )
+        rows = connection.execute(
+            text(
+                "SELECT j.id, j.params FROM membership m JOIN running u ON u.job_id = m.job_id JOIN job j ON j.id = m.job_id"
+                " WHERE m.batch_id = :batch AND m.ordinal >= :start AND m.ordinal < :stop AND u.chunk_id = :chunk"
+                " ORDER BY m.ordinal"
+            ),
+            {"chunk": chunk_id, "batch": chunk.batch_id, "start": chunk.start, "stop": chunk.stop},
+        ).all()
+        deaths, losses = _history(connection, chunk_id)
+        given = _given(connection, chunk.segment_id)
+    if deaths or losses:
+        tasks = [
+            Task(job_id, params, deaths.get(job_id, 0), job_id in deaths or losses.get(job_id, 0) >= LOSSES_SUSPECT)
+            for job_id, params in rows
+        ]
+    else:
+        tasks = [Task(job_id, params) for job_id, params in rows]
+    return Claim(
+        chunk_id=chunk_id,
+        token=token,
+        method=chunk.name,
+        version=chunk.version,
+        method_id=chunk.method_id,
+        segment_id=chunk.segment_id,
+        time_limit=chunk.time_limit,
+        memory_limit=chunk.memory_limit,
+        group_size=chunk.group_size,
+        seconds=chunk.seconds,
+        libraries=tuple(chunk.libraries.split()),
+        tasks=tasks,
+        given=given,
+    )
+
+
+def _history(connection: Connection, chunk_id: int) -> tuple[dict[int, int], dict[int, int]]:
+    """Deaths and worker losses of the jobs that a chunk has just taken."""
+    deaths = connection.execute(
+        text(
+            "SELECT a.job_id, count(*) FROM attempt a JOIN running u ON u.job_id = a.job_id"
+            " WHERE u.chunk_id = :id AND a.spent = 0 GROUP BY a.job_id"
+        ),
+        {"id": chunk_id},
+    )
+    losses = connection.execute(
+        text("SELECT w.job_id, w.losses FROM worker_loss w JOIN running u ON u.job_id = w.job_id WHERE u.chunk_id = :id"),
+        {"id": chunk_id},
+    )
+    return {row[0]: row[1] for row in deaths}, {row[0]: row[1] for row in losses}
+
+
+def _given(connection: Connection, segment_id: int) -> dict[str, str]:
+    rows = connection.execute(
+        text(
+            "SELECT n.reference, r.result FROM need n JOIN record r ON r.job_id = n.job_id"
+            " WHERE n.segment_id = :id AND r.state = 'done'"
+        ),
+        {"id": segment_id},
+    )
+    return {reference: json.loads(result)["network"] for reference, result in rows}
+
+
+def report_death(database: Database, worker_id: int, claim: Claim, death: Death) -> None:
+    """Write down, before anything else is tried, that a child died on these jobs. Raises StaleToken."""
+    with database.write() as connection:
+        _fence(connection, claim)
+        connection.execute(
+            text(
+                "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone, message, log)"
+                " VALUES (:job, :chunk, :token, :worker, :started, :ended, :cause, :alone, :message, :log)"
+            ),
+            [
+                {"job": job_id, "chunk": claim.chunk_id, "token": claim.token, "worker": worker_id,
+                 "started": death.started_at, "ended": death.ended_at, "cause": death.cause,
+                 "alone": int(len(death.job_ids) == 1), "message": death.message, "log": death.log}
+                for job_id in death.job_ids
+            ],
+        )  # fmt: skip
+
+
+def _fence(connection: Connection, claim: Claim) -> None:
+    held = connection.execute(
+        text("SELECT 1 FROM chunk WHERE id = :id AND token = :token AND state = 'claimed'"),
+        {"id": claim.chunk_id, "token": claim.token},
+    ).one_or_none()
+    if held is None and faults.guarded("fence"):
+        raise StaleToken(f"chunk {claim.chunk_id} was taken over")
+
+
+def finish(
+    database: Database,
+    worker_id: int,
+    claim: Claim,
+    outcomes: Sequence[Outcome],
+    provenance: int | None = None,
+    seconds_a_job: float | None = None,
+) -> None:
+    """Keep what was computed, count, and give the rest of the range back, all or nothing. Raises StaleToken."""
+    try:
+        _finish(database, worker_id, claim, outcomes, provenance, seconds_a_job, singly=False)
+    except (DataError, IntegrityError, ProgrammingError):
+        # Something in these rows is not to this database's taste: one bad row must not cost its neighbours.
+        _finish(database, worker_id, claim, outcomes, provenance, seconds_a_job, singly=True)
+
+
+def _finish(
+    database: Database,
+    worker_id: int,
+    claim: Claim,
+    outcomes: Sequence[Outcome],
+    provenance: int | None,
+    seconds_a_job: float | None,
+    singly: bool,
+) -> None:
+    with database.write() as connection:
+        _fence(connection, claim)
+        inputs = json.dumps(claim.given, sort_keys=True) if claim.given else None
+        now = time.time()
+        rows = [
+            (o.job_id, o.state, o.cause, o.message, o.result, o.seconds, now, worker_id, provenance, inputs)
+            for o in outcomes
+        ]
+        if singly:
+            _insert_singly(database, connection, rows)
+        else:
+            _insert_records(database, connection, rows)
+        connection.execute(text("DELETE FROM running WHERE chunk_id = :id"), {"id": claim.chunk_id})
+        _settle(connection, claim)
+        if seconds_a_job is not None:
+            values = {"seconds": seconds_a_job, "segment": claim.segment_id, "method": claim.method_id}
+            connection.execute(text("UPDATE segment SET seconds = :seconds WHERE id = :segment"), values)
+            connection.execute(text("UPDATE method_version SET seconds = :seconds WHERE id = :method"), values)
+
+
+_RECORD = (
+    "job_id", "state", "cause", "message", "result", "seconds", "finished_at", "worker_id", "provenance_id", "inputs",
+)  # fmt: skip
+
+
+def _insert_records(database: Database, connection: Connection, rows: list[tuple]) -> None:
+    if faults.guarded("fence"):
+        database.insert(connection, "record", _RECORD, rows, ignore=True)
+        return
+    # What happens without a fence: the last writer wins.
+    connection.execute(text(f"DELETE FROM record WHERE job_id IN ({', '.join(str(row[0]) for row in rows) or 0})"))
+    database.insert(connection, "record", _RECORD, rows)
+
+
+def _insert_singly(database: Database, connection: Connection, rows: Iterable[tuple[Any, ...]]) -> None:
+    for row in rows:
+        try:
+            with connection.begin_nested():
+                database.insert(connection, "record", _RECORD, [row], ignore=True)
+        except (DataError, IntegrityError, ProgrammingError) as error:
+            refused = (row[0], "failed", "unstorable", f"the store refused its result: {error.orig}", None, *row[5:])
+            database.insert(connection, "record", _RECORD, [refused], ignore=True)
+
+
+def _settle(connection: Connection, claim: Claim) -> None:
+    """Close the chunk: its counts are what the records of its range say; the rest becomes chunks of its own."""
+    chunk = connection.execute(
+        text("SELECT batch_id, start, stop FROM chunk WHERE id = :id"), {"id": claim.chunk_id}
+    ).one()
+    place = {"b": chunk.batch_id, "start": chunk.start, "stop": chunk.stop, "id": claim.chunk_id}
+    within = "m.batch_id = :b AND m.ordinal >= :start AND m.ordinal < :stop"
+    counts = {"done": 0, "not_applicable": 0, "failed": 0}
+    counts |= dict(
+        connection.execute(
+            text(
+                "SELECT r.state, count(*) FROM membership m JOIN record r ON r.job_id = m.job_id"
+                f" WHERE {within} GROUP BY r.state"
+            ),
+            place,
+        ).tuples().all()
+    )
+    connection.execute(
+        text(
+            "UPDATE chunk SET state = 'finished', token = NULL, current = NULL, done = :done,"
+            " not_applicable = :not_applicable, failed = :failed WHERE id = :id"
+        ),
+        {**counts, **place},
+    )
+    if sum(counts.values()) == chunk.stop - chunk.start:
+        return
+    rest = connection.execute(
+        text(
+            "SELECT m.ordinal, u.job_id IS NOT NULL AS elsewhere FROM membership m"
+            f" LEFT JOIN running u ON u.job_id = m.job_id WHERE {within}"
+            " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id)"
+        ),
+        place,
+    ).all()
+    for elsewhere, state in ((False, "ready"), (True, "blocked")):
+        ordinals = [row.ordinal for row in rest if bool(row.elsewhere) is elsewhere]
+        if ordinals:
+            make_ready(connection, chunk.batch_id, ordinals, state)

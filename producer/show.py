@@ -1,0 +1,122 @@
+"""Tables and bars on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from netassay.job import Record
+    from netassay.store.database import Database
+    from netassay.store.reading import Progress
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = (), title: str = "") -> Table:
+    result = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*map(str, row))
+    return result
+
+
+def duration(seconds: float) -> str:
+    """`850 ms`, `12.3 s`, `4 min 05 s`, `3 h 20 min`."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def batch_line(batch: Progress) -> str:
+    """One batch in words: `digits: 5,373 jobs, 5,370 done, 3 failed; finished`."""
+    parts = [f"{batch.size:,} jobs", f"{batch.done:,} done"]
+    parts += [f"{batch.not_applicable:,} not applicable"] if batch.not_applicable else []
+    parts += [f"{batch.failed:,} failed"] if batch.failed else []
+    parts += [f"{batch.running:,} running"] if batch.running else []
+    if batch.waiting:
+        parts.append(f"{batch.waiting:,} {'cancelled' if batch.state == 'cancelled' else 'waiting'}")
+    reason = f" ({batch.reason})" if batch.reason else ""
+    return f"{batch.name}: {', '.join(parts)}; {batch.state}{reason}"
+
+
+def watch(database: Database, name: str, timeout: float | None = None) -> Progress:
+    """Show a batch's progress until it is over or `timeout` seconds have passed. Returns how it stood last."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    from netassay.store import reading
+    from netassay.store.database import Outage
+
+    began = time.monotonic()
+    batch = reading.progress(database, name)
+    first = batch.ended
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Bars(*columns, console=console) as bars:
+        bar = bars.add_task(name, total=batch.size, completed=batch.ended, note="")
+        while True:
+            passed = time.monotonic() - began
+            rate = (batch.ended - first) / passed if passed > 0.5 else 0.0
+            note = f"{rate:,.0f}/s" if rate else ""
+            if rate and batch.waiting and batch.state == "open":
+                note += f", {duration((batch.size - batch.ended) / rate)} left"
+            note += f", [red]{batch.failed:,} failed[/red]" if batch.failed else ""
+            note += f" [yellow]{batch.state}[/yellow]" if batch.state in ("paused", "cancelled") else ""
+            bars.update(bar, completed=batch.ended, note=note)
+            if batch.over or (timeout is not None and passed > timeout):
+                return batch
+            time.sleep(0.1 if passed < 5 else 0.3)
+            try:
+                batch = reading.progress(database, name)
+            except Outage as error:
+                bars.update(bar, note=f"[yellow]the store does not answer ({error.orig})[/yellow]")
+
+
+def flat(record: Record) -> dict[str, Any]:
+    """A record as one row of plain values: job, params, results; arrays by their shape."""
+    row: dict[str, Any] = {"job": record.key[:12], "method": record.method, "state": record.state}
+    for name in record.params:
+        row[name] = record.name(name) if isinstance(record.params[name], str) else record.params[name]
+    for name, value in (record.result or {}).items():
+        row[name if name not in row else f"result.{name}"] = _plain(value)
+    row["seconds"] = record.seconds
+    row["cause"], row["message"] = record.cause, record.message.partition("\n")[0]
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and "array" in value and "dtype" in value:
+        return f"array {'x'.join(map(str, value['shape']))}"
+    return value
+
+
+def cell(value: Any) -> str:
+    """A value for a narrow column."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,112 @@
+"""Pydantic's errors in plain sentences: which field, what is wrong with it, what to try."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+_LONGEST = 60
+_FINITE = "a finite number"
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+
+
+def explain(error: ValidationError) -> list[tuple[str, str]]:
+    """(field, sentence) of every field that `error` names; the field is empty where several together are wrong.
+
+    A field that may have one of several types yields one sentence, not one for each type.
+    """
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for one in error.errors(include_url=False):
+        place = one["loc"]
+        # Behind the name of a field stand the keys of its own structure, or of a union the type that was tried.
+        field = str(place[0]) if place else ""
+        given, wrongs = found.setdefault(field, (one["input"], []))
+        wrong = _wrong(
+            one, inside=".".join(map(str, place[1:])) if len(place) > 1 and one["input"] is not given else ""
+        )
+        if wrong not in wrongs:
+            wrongs.append(wrong)
+    return [(field, _sentence(given, wrongs)) for field, (given, wrongs) in found.items()]
+
+
+def _sentence(given: Any, wrongs: list[str]) -> str:
+    musts = [wrong.removeprefix("must be ") for wrong in wrongs if wrong.startswith("must be ")]
+    others = [wrong for wrong in wrongs if not wrong.startswith("must be ")]
+    if _FINITE in musts:  # of NaN, a union's other types have nothing to add
+        musts = [_FINITE]
+    elif _KINDS["float"] in musts:
+        musts = [must for must in musts if must != _KINDS["int"]]
+    if not musts:
+        return "; ".join(others)
+    return "; ".join([f"is {short(given)}, must be {' or '.join(musts)}", *others])
+
+
+def _wrong(error: Mapping[str, Any], inside: str) -> str:
+    """What is wrong, as `must be ...` where the value given is to stand before it."""
+    kind, context, given = error["type"], error.get("ctx", {}), error["input"]
+    prefix = f"{inside}: " if inside else ""
+    if kind == "value_error":
+        return f"{prefix}{context['error']}"
+    if kind == "missing":
+        return f"{prefix}is missing"
+    if kind == "extra_forbidden":
+        return f"{prefix}is not a name known here"
+    must = _must(kind, context, given)
+    if must is None:
+        return prefix + error["msg"][:1].lower() + error["msg"][1:]
+    return f"{inside} is {short(given)}, must be {must}" if inside else f"must be {must}"
+
+
+def _must(kind: str, context: Mapping[str, Any], given: Any) -> str | None:
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return f"{words} {context[name]}"
+    if kind == "finite_number":
+        return _FINITE
+    if kind in ("literal_error", "enum"):
+        quoted = " (write it in quotes)" if not isinstance(given, str) and f"'{given}'" in context["expected"] else ""
+        return context["expected"] + quoted
+    if kind == "string_pattern_mismatch":
+        return f"text of the form {context['pattern']}"
+    base = kind.partition("_")[0]
+    if kind == "int_from_float":
+        return _KINDS["int"]
+    if kind.endswith(("_type", "_parsing")) and base in _KINDS:
+        quotes = " (write it in quotes)" if base == "string" and isinstance(given, int | float) else ""
+        return _KINDS[base] + quotes
+    return None
+
+
+def short(value: Any) -> str:
+    """A value in a few characters: text in quotes, long things cut."""
+    text = repr(value) if isinstance(value, str | int | float) or value is None else _plain(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_plain(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return str(value)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; nearest: a, b`, or nothing where no name is near."""
+    close = difflib.get_close_matches(str(name), list(names), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def unknown_field(field: str, model: type[BaseModel], owner: str) -> str:
+    """What to say of a field that a method or recipe does not have."""
+    known = list(model.model_fields)
+    return f"is not a parameter of {owner}{nearest(field, known)} (it takes: {', '.join(known) or 'none'})"

@@ -1,0 +1,85 @@
+"""The Celery app of a worker: one task, `netassay.run_chunk`, on a pool of threads.
+
+Started as `celery --app worker.app worker --pool threads --concurrency SLOTS`, by `netassay up` or by hand with
+NETASSAY_BROKER, NETASSAY_STORE and NETASSAY_ARTIFACTS set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from celery import Celery, signals
+
+from netassay.settings import settings
+from worker.supervisor import Supervisor
+
+#: Also in `producer.dispatch`, which sends by name: the two packages do not import each other.
+TASK, QUEUE = "netassay.run_chunk", "netassay"
+
+app = Celery("netassay", broker=settings().broker)
+app.conf.update(
+    # The message is only a doorbell: the claim in the store is the acknowledgement, so the message may go at once, and
+    # a lost or doubled one does no harm. Hence no visibility timeout, no redelivery, no result backend.
+    task_acks_late=False,
+    task_ignore_result=True,
+    result_backend=None,
+    task_serializer="json",
+    accept_content=["json"],
+    task_default_queue=QUEUE,
+    task_create_missing_queues=True,
+    # A chunk taken ahead by a busy worker would wait there while another is idle.
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    worker_send_task_events=True,  # for Flower; they are per chunk
+    worker_enable_remote_control=True,
+    worker_hijack_root_logger=False,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_pool_acquire_timeout=30,
+    broker_transport_options={
+        "health_check_interval": 25,
+        "socket_timeout": 30,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "global_keyprefix": "netassay:",
+    },
+)
+
+_supervisor: Supervisor | None = None
+
+
+@app.task(name=TASK)
+def run_chunk(chunk_id: int, label: str = "") -> None:
+    """Run one chunk; `label` (batch / method / range) is for people who look at Flower."""
+    if _supervisor is None:
+        raise RuntimeError("this worker has not signed on")
+    _supervisor.run(chunk_id)
+
+
+@signals.worker_init.connect
+def _start(sender: Any = None, **_: Any) -> None:
+    global _supervisor
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.dev.ConsoleRenderer(colors=False),
+        ]
+    )
+    concurrency = sender.concurrency if sender is not None else 1
+    _supervisor = Supervisor(settings(), int(concurrency))
+    _supervisor.start()
+
+
+@signals.worker_shutting_down.connect
+def _stop(**_: Any) -> None:
+    if _supervisor is not None:
+        _supervisor.stop()
+
+
+@signals.worker_shutdown.connect
+def _close(**_: Any) -> None:
+    if _supervisor is not None:
+        _supervisor.close()

@@ -1,0 +1,209 @@
+"""The compute child: reads jobs from a pipe, computes, writes results to a pipe. No broker, no store, no credentials.
+
+Protocol, one JSON text a line. In:
+
+    {"prepare": {"libraries": [...], "artifacts": folder, "threads": 1}}
+    {"method": name, "version": n, "given": {recipe: network}, "memory": bytes a job or null,
+     "groups": [[[job id, canonical params], ...], ...]}
+
+Out, for each group, in order: `[[job id, state, cause, message, result JSON or null, seconds], ...]`; after `prepare`:
+`{"ready": {...provenance...}}`. Standard output and error of the jobs go to the log pipe, never into the protocol.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import Any, TextIO
+
+from netassay import catalogue
+from netassay.method import Failure, Method, MethodError
+from netassay.store import artifacts, storable
+from worker.limits import cause_of_exception
+
+#: Allowance above the measured use when limits are set: allocators grab arenas ahead of need.
+_SLACK = 64 << 20
+
+
+def main() -> None:
+    """Serve until the input ends. File descriptors: 0 jobs in, the number in argv[1] results out, 1 and 2 the log."""
+    _die_with_parent(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor
+    out = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8", buffering=1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "prepare" in request:
+            _prepare(request["prepare"], out)
+        else:
+            _serve(request, out)
+
+
+def _die_with_parent(parent: int) -> None:
+    """End when the supervisor does, kill -9 included."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _prepare(wanted: dict[str, Any], out: TextIO) -> None:
+    global _artifacts
+    _artifacts = artifacts.using(wanted["artifacts"])
+    _artifacts.__enter__()
+    versions = {}
+    for name in wanted["libraries"]:
+        module = importlib.import_module(name)
+        versions[name] = str(getattr(module, "__version__", ""))
+    if "torch" in wanted["libraries"]:
+        sys.modules["torch"].set_num_threads(wanted["threads"])
+    about = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": wanted["threads"],
+        **versions,
+    }
+    print(json.dumps({"ready": about}), file=out)
+
+
+_artifacts: Any = None
+
+
+def _serve(request: dict[str, Any], out: TextIO) -> None:
+    method = catalogue.get(request["method"])
+    for group in request["groups"]:
+        _limit_memory(request["memory"], len(group))
+        results = _run_group(method, request, group)
+        out.write(json.dumps(results, separators=(",", ":"), ensure_ascii=True) + "\n")
+        out.flush()
+
+
+def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]]) -> list[list[Any]]:
+    results: dict[int, list[Any]] = {}
+    parsed: list[tuple[int, Any]] = []
+    for job_id, params_text in group:
+        try:
+            if method.version != request["version"]:
+                raise RuntimeError(
+                    f"this worker has version {method.version} of {method.name}, the job asks for {request['version']}; "
+                    "install the same netassay on the worker and on the submitting side"
+                )
+            parsed.append((job_id, method.Params.model_validate_json(params_text)))
+        except Exception as error:
+            results[job_id] = _failed(job_id, error, 0.0)
+    started = time.perf_counter()
+    ends = _compute(method, [params for _, params in parsed], request["given"]) if parsed else []
+    share = (time.perf_counter() - started) / max(1, len(parsed))
+    for (job_id, _), end in zip(parsed, ends, strict=True):
+        results[job_id] = _ended(method, job_id, end, share)
+    return [results[job_id] for job_id, _ in group]
+
+
+def _compute(method: Method, params: list[Any], given: dict[str, str]) -> list[Any]:
+    """A Result, a Failure or an exception for each."""
+    if given:
+        from netassay import networks
+
+        context = networks.given(given)
+    else:
+        import contextlib
+
+        context = contextlib.nullcontext()
+    with context:
+        if method.run_many is not None and len(params) > 1:
+            try:
+                ends = method.run_many(params)
+                if len(ends) != len(params):
+                    raise RuntimeError(f"{method.name}.run_many returned {len(ends)} results for {len(params)} jobs")
+                return list(ends)
+            except Exception as error:
+                if cause_of_exception(error) == "memory":
+                    return [error for _ in params]
+                # One bad item must not cost its neighbours: below each runs by itself.
+                traceback.print_exc()
+        ends = []
+        for item in params:
+            try:
+                ends.append(method.run(item))
+            except Exception as error:
+                ends.append(error)
+        return ends
+
+
+def _ended(method: Method, job_id: int, end: Any, seconds: float) -> list[Any]:
+    if isinstance(end, Failure):
+        state = "not_applicable" if end.cause == "not_applicable" else "failed"
+        cause = "" if state == "not_applicable" else end.cause
+        return [job_id, state, cause, storable.text(end.message + _below(end.traceback)), None, seconds]
+    if isinstance(end, BaseException):
+        return _failed(job_id, end, seconds)
+    try:
+        if not isinstance(end, method.Result):
+            raise storable.Unstorable(f"{method.name} returned a {type(end).__name__} instead of its Result")
+        result = storable.dump(end)
+    except storable.Unstorable as error:
+        return [job_id, "failed", "unstorable", str(error), None, seconds]
+    except Exception as error:
+        return _failed(job_id, error, seconds)
+    return [job_id, "done", "", "", result, seconds]
+
+
+def _failed(job_id: int, error: BaseException, seconds: float) -> list[Any]:
+    if isinstance(error, MethodError):
+        if error.cause == "not_applicable":
+            return [job_id, "not_applicable", "", storable.text(str(error)), None, seconds]
+        return [job_id, "failed", error.cause, storable.text(str(error)), None, seconds]
+    cause = cause_of_exception(error)
+    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    lines = "".join(traceback.format_exception(error, limit=-12))
+    return [job_id, "failed", cause, storable.text(words + _below(lines)), None, seconds]
+
+
+def _below(lines: str) -> str:
+    return f"\n{lines}" if lines else ""
+
+
+def _limit_memory(bytes_a_job: int | None, jobs: int) -> None:
+    """Let allocations fail beyond what is in use now plus the jobs' own limits."""
+    if bytes_a_job is None or sys.platform != "linux":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, hard))
+    if jobs > 1:
+        gc.collect()
+    used = _data_bytes()
+    limit = used + bytes_a_job * jobs + _SLACK
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _data_bytes() -> int:
+    """What RLIMIT_DATA counts of this process: VmData, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""The supervisor of a worker: slots that run chunks, and one thread that renews and listens.
+
+A slot takes a chunk from claim to commit:
+
+1. claim it in the store; whoever loses the race has nothing to do;
+2. send its jobs to the child in groups, knowing at every moment which group runs, since when, and its limits;
+3. a child that dies or is killed while a group runs: write an attempt for each job of it, then run these jobs one by
+   one in a fresh child; a job whose child dies while it runs alone is tried again alone, until it has had three
+   starts. Past its own limit of time or memory while alone, it has failed;
+4. past the chunk's time budget, when paused or shut down: give the rest back;
+5. write all outcomes in one transaction fenced by the claim's token; while the store is out, keep them and try again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from netassay import __version__, faults
+from netassay.settings import Settings
+from netassay.store import running, storable
+from netassay.store.database import Database, Outage
+from netassay.store.dispatching import CHUNK_SECONDS
+from netassay.store.running import MOST_STARTS, Claim, Death, Outcome, StaleToken, Task
+from worker.compute import Child, ChildDied, Stopped
+from worker.limits import memory_a_slot
+
+log = structlog.get_logger("netassay.worker")
+
+#: A chunk is given back after this long, at the next end of a group.
+BUDGET_SECONDS = 2 * CHUNK_SECONDS
+#: Groups are sent together as long as they are predicted to take no more than this; a request to pause waits so long.
+AHEAD_SECONDS = 0.25
+#: Signs of life a second. The dispatcher waits ten seconds and more, so several may be lost.
+RENEW_SECONDS = 1.0
+#: After SIGTERM, a running group may take this long before its child is killed and its jobs go back.
+GRACE_SECONDS = 5.0
+
+
+@dataclass
+class Work:
+    """Jobs to run in one call; fresh: in a child that has run nothing before."""
+
+    tasks: list[Task]
+    fresh: bool = False
+
+
+@dataclass
+class Slot:
+    """What one thread holds at the moment; the renewing thread reads `chunk_id` and `current` and sets `stop`."""
+
+    supervisor: Supervisor
+    child: Child | None = None
+    chunk_id: int | None = None
+    current: tuple[int, ...] = ()
+    busy: float = 0.0
+    """seconds of this chunk in which the child computed"""
+    stop: str = ""
+    """'' run on; 'after': end after the current jobs; 'now': kill them, they go back; 'lost': kill them, drop all"""
+
+    def run(self, chunk_id: int) -> None:
+        """Run a chunk from claim to commit. Never raises for what a job does."""
+        faults.reach("worker.popped")
+        supervisor = self.supervisor
+        database, worker_id = supervisor.database, supervisor.worker_id
+        claim = database.persist(30.0, lambda: running.claim(database, worker_id, chunk_id))
+        if claim is None:
+            return
+        faults.reach("worker.claimed")
+        self.chunk_id, self.stop = chunk_id, ""
+        self.busy = 0.0
+        outcomes: list[Outcome] = []
+        try:
+            for outcome in self._run(claim):
+                outcomes.append(outcome)
+        except StaleToken:
+            log.warning("chunk_taken_over", chunk=chunk_id)
+            self.chunk_id = None
+            return
+        except Exception as error:
+            # A bug here must not leave the chunk claimed for ever, nor send it round and round.
+            log.exception("supervisor_failed", chunk=chunk_id)
+            settled = {outcome.job_id for outcome in outcomes}
+            message = f"its supervisor failed: {type(error).__name__}: {error}"
+            outcomes += [Outcome(t.id, "failed", "error", message) for t in claim.tasks if t.id not in settled]
+        faults.reach("worker.computed")
+        try:
+            if self.stop != "lost" or not faults.guarded("fence"):
+                self._keep(claim, outcomes, worker_id)
+        except StaleToken:
+            log.warning("late_results_dropped", chunk=chunk_id, jobs=len(outcomes))
+        except Exception as error:
+            log.exception("results_refused", chunk=chunk_id, jobs=len(outcomes))
+            message = f"the store would not take its result: {type(error).__name__}: {error}"
+            self._keep(claim, [Outcome(o.job_id, "failed", "store", message) for o in outcomes], worker_id)
+        finally:
+            self.chunk_id = None
+        faults.reach("worker.committed")
+
+    def _keep(self, claim: Claim, outcomes: list[Outcome], worker_id: int) -> None:
+        """Commit; through an outage of the store, hold the results and try again."""
+        database = self.supervisor.database
+        about = self.child.about if self.child else {}
+        seconds = self.busy / len(outcomes) if outcomes else None
+        # The first few jobs of a method that wants company say little about what each takes in a full group.
+        if seconds and seconds > claim.seconds and len(outcomes) < min(claim.group_size, 8) and self.busy < 1.0:
+            seconds = None
+        pause = 0.1
+        while True:
+            try:
+                provenance = self.supervisor.provenance_of(about)
+                running.finish(database, worker_id, claim, outcomes, provenance, seconds)
+                return
+            except Outage as error:
+                log.warning("store_out", chunk=claim.chunk_id, held=len(outcomes), error=str(error.orig), again_in=pause)
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
+
+    def _run(self, claim: Claim) -> Iterator[Outcome]:
+        queue = self._plan(claim)
+        deaths = {task.id: task.deaths for task in claim.tasks}
+        budget = time.monotonic() + BUDGET_SECONDS
+        while queue:
+            if self.stop or self.supervisor.stopping or time.monotonic() > budget:
+                return
+            if deaths[queue[0].tasks[0].id] >= MOST_STARTS:
+                task = queue.popleft().tasks[0]
+                message = f"its process died {deaths[task.id]} times while it ran; see its attempts (netassay logs)"
+                yield Outcome(task.id, "failed", "crash", message)
+                continue
+            try:
+                yield from self._serve(claim, self._next(claim, queue), queue)
+            except Stopped:
+                return
+            except _Unfit as unfit:
+                log.error("child_unfit", chunk=claim.chunk_id, error=str(unfit))
+                for task in unfit.tasks:
+                    yield Outcome(task.id, "failed", "error", str(unfit))
+            except _Died as death:
+                yield from self._after_death(claim, death, deaths, queue)
+
+    def _plan(self, claim: Claim) -> deque[Work]:
+        plain = [task for task in claim.tasks if not task.suspect]
+        size = max(1, claim.group_size)
+        groups = [Work(plain[start : start + size]) for start in range(0, len(plain), size)]
+        return deque(groups + [Work([task], fresh=True) for task in claim.tasks if task.suspect])
+
+    def _next(self, claim: Claim, queue: deque[Work]) -> list[Work]:
+        """The work of the next request: one group, or several quick ones."""
+        first = queue.popleft()
+        works, ahead = [first], claim.seconds * len(first.tasks)
+        while queue and not first.fresh and not queue[0].fresh:
+            ahead += claim.seconds * len(queue[0].tasks)
+            if ahead > AHEAD_SECONDS:
+                break
+            works.append(queue.popleft())
+        return works
+
+    def _serve(self, claim: Claim, works: list[Work], queue: deque[Work]) -> Iterator[Outcome]:
+        """Run groups in the child; what did not get its turn goes back to the head of the queue."""
+        left = deque(works)
+        try:
+            try:
+                child = self._child(claim, fresh=works[0].fresh)
+            except ChildDied as death:
+                self.child = None
+                left.clear()
+                raise _Unfit(death, [task for work in works for task in work.tasks]) from None
+            memory = claim.memory_limit or self.supervisor.memory
+            child.send(
+                {
+                    "method": claim.method,
+                    "version": claim.version,
+                    "given": claim.given,
+                    "memory": memory,
+                    "groups": [[[task.id, task.params] for task in work.tasks] for work in works],
+                }
+            )
+            asked = time.monotonic()
+            while left:
+                work = left[0]
+                self.current = tuple(task.id for task in work.tasks)
+                began = time.time()
+                limit = claim.time_limit * len(work.tasks)
+                try:
+                    # The child's own RLIMIT_DATA acts first; this one is for what that cannot see, hence later.
+                    held = int(1.1 * memory * len(work.tasks)) + (128 << 20)
+                    line = child.line(time.monotonic() + limit, held, self._must_stop)
+                except ChildDied as death:
+                    left.popleft()
+                    raise _Died(work, death, began) from None
+                left.popleft()
+                ended = [Outcome(*values) for values in json.loads(line)]
+                if len(work.tasks) > 1 and any(outcome.cause == "memory" for outcome in ended):
+                    # Together they were too large; alone each may fit.
+                    short = {outcome.job_id for outcome in ended if outcome.cause == "memory"}
+                    left.extendleft(Work([task], fresh=True) for task in reversed(work.tasks) if task.id in short)
+                    ended = [outcome for outcome in ended if outcome.job_id not in short]
+                    yield from ended
+                    self._drop_child()
+                    return
+                yield from ended
+                if any(outcome.cause == "memory" for outcome in ended):
+                    self._drop_child()  # whatever an allocation failed in may be half done
+                    return
+            self.busy += time.monotonic() - asked
+        finally:
+            self.current = ()
+            queue.extendleft(reversed(left))
+
+    def _child(self, claim: Claim, fresh: bool) -> Child:
+        if self.child is not None and (fresh or not self.child.alive):
+            self._drop_child()
+        if self.child is None:
+            self.child = Child(self.supervisor.settings.artifacts_folder)
+        child = self.child
+        child.prepare(claim.libraries, self._must_stop)
+        return child
+
+    def _drop_child(self) -> None:
+        if self.child is not None:
+            self.child.kill()
+            self.child = None
+
+    def _must_stop(self) -> bool:
+        if self.stop in ("now", "lost") or self.supervisor.overdue():
+            self.child = None  # `Child.line` kills it
+            return True
+        return False
+
+    def _after_death(
+        self, claim: Claim, died: _Died, deaths: dict[int, int], queue: deque[Work]
+    ) -> Iterator[Outcome]:
+        self.child = None
+        tasks, death = died.work.tasks, died.death
+        log.warning("child_died", chunk=claim.chunk_id, jobs=len(tasks), cause=death.cause, why=death.message)
+        report = Death(
+            job_ids=tuple(task.id for task in tasks),
+            started_at=died.began,
+            ended_at=time.time(),
+            cause=death.cause,
+            message=death.message,
+            log=storable.text(death.log),
+        )
+        database, worker_id = self.supervisor.database, self.supervisor.worker_id
+        database.persist(3600.0, lambda: running.report_death(database, worker_id, claim, report))
+        for task in tasks:
+            deaths[task.id] += 1
+        if len(tasks) == 1 and (death.cause in ("time", "memory") or deaths[tasks[0].id] >= MOST_STARTS):
+            yield Outcome(tasks[0].id, "failed", death.cause, death.message + _last_words(death.log))
+            return
+        # One after another in a fresh child each time one dies: the culprit shows itself, its mates are done.
+        queue.extendleft(Work([task], fresh=place == len(tasks) - 1) for place, task in enumerate(reversed(tasks)))
+
+
+def _last_words(text: str) -> str:
+    lines = text.strip().splitlines()[-5:]
+    return "\n" + storable.text("\n".join(lines), 2000) if lines else ""
+
+
+class _Died(Exception):
+    def __init__(self, work: Work, death: ChildDied, began: float) -> None:
+        self.work, self.death, self.began = work, death, began
+
+
+class _Unfit(Exception):
+    """The child could not even be prepared; no job is to blame."""
+
+    def __init__(self, death: ChildDied, tasks: list[Task]) -> None:
+        self.tasks = tasks
+        super().__init__(f"a compute child could not be started: {death.message}{_last_words(death.log)}")
+
+
+@dataclass
+class Supervisor:
+    """One worker process: its place in the store, its slots."""
+
+    settings: Settings
+    slots: int
+    database: Database = field(init=False)
+    worker_id: int = field(init=False, default=0)
+    memory: int = field(init=False)
+    stopping: bool = field(init=False, default=False)
+    _stop_at: float = field(init=False, default=float("inf"))
+    _held: dict[int, Slot] = field(init=False, default_factory=dict)
+    _known: dict[str, int] = field(init=False, default_factory=dict)
+    _done: threading.Event = field(init=False, default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.database = Database(self.settings.store_url)
+        self.memory = memory_a_slot(self.slots, self.settings.memory)
+
+    @property
+    def name(self) -> str:
+        return f"{socket.gethostname()}-{os.getpid()}"
+
+    def start(self) -> None:
+        """Sign on and begin to renew."""
+        self.database.prepare()
+        self._sign_on()
+        threading.Thread(target=self._renew, name="renew", daemon=True).start()
+
+    def _sign_on(self) -> None:
+        self.worker_id = running.sign_on(self.database, self.name, socket.gethostname(), os.getpid(), self.slots)
+        log.info("signed_on", worker=self.worker_id, slots=self.slots, memory_a_slot=self.memory)
+
+    def run(self, chunk_id: int) -> None:
+        """Run a chunk in the slot of the calling thread."""
+        if self.stopping:
+            return  # its message is gone, the dispatcher notices and publishes it again
+        thread = threading.get_ident()
+        slot = self._held.get(thread)
+        if slot is None:
+            slot = self._held.setdefault(thread, Slot(self))
+        slot.run(chunk_id)
+
+    def overdue(self) -> bool:
+        """The grace after SIGTERM is over."""
+        return time.monotonic() > self._stop_at
+
+    def stop(self) -> None:
+        """Begin to shut down: slots end after their current jobs, or are cut off after the grace."""
+        self._stop_at = time.monotonic() + GRACE_SECONDS
+        self.stopping = True
+
+    def close(self) -> None:
+        """Shut down: no children, no claims, a good-bye in the store."""
+        self._done.set()
+        for slot in self._held.values():
+            slot._drop_child()
+        running.sign_off(self.database, self.worker_id)
+
+    def _renew(self) -> None:
+        while not self._done.wait(RENEW_SECONDS):
+            slots = [slot for slot in list(self._held.values()) if slot.chunk_id is not None]
+            current = {slot.chunk_id: slot.current for slot in slots if slot.chunk_id is not None}
+            try:
+                renewal = running.renew(self.database, self.worker_id, current)
+                if renewal.lost:
+                    log.warning("was_given_up", worker=self.worker_id)
+                    for slot in slots:
+                        slot.stop = "lost"
+                    self._sign_on()
+                    continue
+            except Outage as error:
+                log.warning("store_out", error=str(error.orig))
+                continue
+            for slot in slots:
+                if slot.chunk_id in renewal.cancelled:
+                    slot.stop = "now"
+                elif slot.chunk_id in renewal.paused and not slot.stop:
+                    slot.stop = "after"
+
+    def provenance_of(self, about: dict[str, Any]) -> int | None:
+        """Id of the row that says with what a child computed."""
+        if not about:
+            return None
+        body = json.dumps({**about, "netassay": __version__, "host": socket.gethostname()}, sort_keys=True)
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        if digest not in self._known:
+            self._known[digest] = running.provenance_id(self.database, digest, body)
+        return self._known[digest]
