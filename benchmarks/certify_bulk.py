@@ -10,6 +10,7 @@ differences under 20 % are noise. The verdicts of both ways are compared, so a f
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections import Counter
@@ -101,7 +102,7 @@ def per_box(repeats: int) -> None:
             for count, peer in zip((1, 64, 512), peers[name], strict=True):
                 x = torch.tensor(np.resize(inputs, (count, *inputs.shape[1:])))
                 region = Ball("inf", x, torch.full((count,), 0.02, dtype=torch.float64))
-                ours = best(lambda method=method, region=region: method(graph, region), repeats) / count * 1e6
+                ours = best(functools.partial(method, graph, region), repeats) / count * 1e6
                 figures.append(f"N={count}: {ours:7.0f} (peer {peer}, {peer / ours:.2f} x)")
             print(f"{net:16} {name:9} " + "   ".join(figures))
 

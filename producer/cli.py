@@ -393,6 +393,7 @@ def results(
     batch: BatchName,
     columns: Annotated[str, typer.Option(help="Columns to show, separated by commas; else all.")] = "",
     state: Annotated[str, typer.Option(help="Only jobs in this state.")] = "",
+    by: Annotated[str, typer.Option(help="Summarise the done jobs for each value of these columns.")] = "",
     limit: Annotated[int, typer.Option(help="Rows to print in a table; 0: all.", min=0)] = 20,
     as_json: AsJson = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print all rows as CSV.")] = False,
@@ -409,6 +410,9 @@ def results(
         if not state or record.state == state
     )
     wanted = [name.strip() for name in columns.split(",") if name.strip()]
+    if by:
+        rows = iter(show.summary(rows, [name.strip() for name in by.split(",")], wanted))
+        wanted = []
     if as_json:
         for row in rows:
             _print_json({name: row.get(name) for name in wanted} if wanted else row)

@@ -114,6 +114,45 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each combination of the `by` columns among done jobs: their number; of each column in `of` (else of
+    each result) the mean where it is numeric, and the share of each value where it is a word or true/false.
+
+    Raises LookupError naming the columns that exist, where `by` or `of` names another.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    seen: dict[str, None] = {}
+    for row in rows:
+        seen |= dict.fromkeys(row)
+        if row["state"] == "done" and all(name in row for name in by):
+            groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    if unknown := [name for name in (*by, *of) if name not in seen]:
+        raise LookupError(f"there is no column {', '.join(unknown)}; columns are: {', '.join(seen)}")
+    members = [row for group in groups.values() for row in group]
+    values = {
+        name: list(dict.fromkeys(row[name] for row in members if isinstance(row.get(name), str | bool)))
+        for name in (of or [name for name in seen if name not in (*by, *_ABOUT)])
+    }
+    result = []
+    for key, group in groups.items():
+        line: dict[str, Any] = dict(zip(by, key, strict=True)) | {"jobs": len(group)}
+        for name, words in values.items():
+            if 0 < len(words) <= 6:
+                for word in words:
+                    if word is False and True in words:
+                        continue
+                    share = sum(row.get(name) == word for row in group) / len(group)
+                    line[name if word is True else f"{name}={word}"] = f"{share:.1%}"
+            elif numbers := [row[name] for row in group if isinstance(row.get(name), int | float)]:
+                line[f"mean {name}"] = sum(numbers) / len(numbers)
+        result.append(line)
+    return result
+
+
+#: Columns that say where a row comes from rather than what it found.
+_ABOUT = ("job", "method", "state", "cause", "message")
+
+
 def cell(value: Any) -> str:
     """A value for a narrow column."""
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Bounds hold for every input of a region, are exact where theory says so, and match a peer's where those are stored."""
+"""Bounds hold for every input of a region, are exact where theory says so, and match a peer's stored ones."""
 
 from __future__ import annotations
 
@@ -234,8 +234,8 @@ def test_a_larger_ball_has_wider_bounds(name: str) -> None:
 
 
 def exact_ends(weights: list[np.ndarray], biases: list[np.ndarray], x: np.ndarray, radius: float) -> tuple:
-    """Exact range of a network of two inputs and one hidden layer: its extremes are at vertices of the arrangement of the
-    lines where a neuron switches, cut with the box.
+    """Exact range of a network of two inputs and one hidden layer: its extremes are at vertices of the arrangement of
+    the lines where a neuron switches, cut with the box.
     """
     (w0, w1), (b0, b1) = weights, biases
     walls = [(row, bias) for row, bias in zip(w0, b0, strict=True)]

@@ -50,7 +50,7 @@ def test_edges_of_both_classes_meet_at_every_change(inside: np.ndarray) -> None:
 
 
 def test_boxes_of_a_full_square_are_counted_by_hand() -> None:
-    # 8 x 8 pixels hold 64 boxes of side 1, 16 of side 2, 9 of side 3 (the last ones stick out), 4 of side 4, 1 of side 8.
+    # 8 x 8 pixels hold 64 boxes of side 1, 16 of side 2, 9 of side 3 (the last stick out), 4 of side 4, 1 of side 8.
     assert box_counts(np.ones((8, 8), dtype=bool), (1, 2, 3, 4, 8)).tolist() == [64, 16, 9, 4, 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -58,9 +59,7 @@ def _record(number: int, params: Params, result: Result | None) -> Record:
 # --- the grid -----------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.floats(-50, 50), st.floats(-50, 50), st.floats(1e-9, 20), st.integers(1, 40), st.integers(1, 9)
-)  # fmt: skip
+@given(st.floats(-50, 50), st.floats(-50, 50), st.floats(1e-9, 20), st.integers(1, 40), st.integers(1, 9))
 def test_coordinates_of_a_coarse_grid_are_those_of_an_aligned_finer_one(
     x: float, y: float, size: float, pixels: int, times: int
 ) -> None:
@@ -101,7 +100,7 @@ def test_the_losses_of_a_pixel_do_not_depend_on_its_neighbours(network: dict[str
 
 
 @pytest.mark.parametrize("system", ["network", "quadratic", "mandelbrot"])
-def test_the_same_job_gives_the_same_bits(system: str) -> None:
+def test_the_same_job_gives_the_same_bits(system: Any) -> None:
     params = Params(system=system, resolution=16, steps=50)
     assert _same(run(params), run(params))
 
@@ -159,11 +158,17 @@ def test_losses_are_those_of_autograd(network: dict[str, Any], x: float, y: floa
     params = Params(**{**network, "steps": min(network["steps"], 12)})
     with torch.no_grad():
         found = fractal._train(params, fractal._start(params), np.array([x]), np.array([y]))[0]
-    assert found.tolist() == pytest.approx(_losses_by_autograd(params, x, y), rel=1e-7)
+    expected = np.array(_losses_by_autograd(params, x, y))
+    finite = int(np.append(~(expected < 1e200), True).argmax())  # beyond, the two may leave float64 a step apart
+    assert finite > 0
+    assert found[:finite] == pytest.approx(expected[:finite], rel=1e-7)
 
 
 def test_one_point_and_one_point_a_step_are_full_batch() -> None:
-    full, one = (run(Params(data=1, batch=batch, resolution=12, steps=40)) for batch in ("full", "one"))
+    full, one = (
+        run(Params.model_validate({"data": 1, "batch": batch, "resolution": 12, "steps": 40}))
+        for batch in ("full", "one")
+    )
     assert np.array_equal(full.converged, one.converged)
     assert full.intensity == pytest.approx(one.intensity, rel=1e-5)
 
@@ -175,7 +180,7 @@ def test_fewer_points_are_the_beginning_of_more() -> None:
 
 
 @pytest.mark.parametrize("batch", ["full", "one"])
-def test_tiny_rates_converge_and_huge_rates_diverge(batch: str) -> None:
+def test_tiny_rates_converge_and_huge_rates_diverge(batch: Any) -> None:
     small = run(Params(batch=batch, centre_x=-2, centre_y=-2, size=1, resolution=4))
     large = run(Params(batch=batch, centre_x=6, centre_y=6, size=1, resolution=4))
     assert small.converging == 16
@@ -216,7 +221,8 @@ def test_the_quadratic_map_is_that_of_the_closed_form() -> None:
     x, y = params.axes()
     factors = np.stack(np.meshgrid(1 - 1.0 * 10**x, 1 - 0.1 * 10**y))  # of u and v, a step
     t = np.arange(101, 121)[:, None, None]
-    tail = (0.5 * factors[0] ** (2 * t) + 0.05 * factors[1] ** (2 * t)).mean(axis=0)
+    with np.errstate(over="ignore"):
+        tail = (0.5 * factors[0] ** (2 * t) + 0.05 * factors[1] ** (2 * t)).mean(axis=0)
     result = run(params)
     assert np.array_equal(result.converged, tail < 0.55)
     assert 0 < result.converging < 48 * 48
@@ -233,8 +239,8 @@ def test_the_edge_of_the_quadratic_lies_log_2_over_2_steps_outside_the_stable_ra
 @pytest.mark.parametrize("size", [1.0, 0.1, 1e-3])
 @pytest.mark.parametrize("at", [(math.log10(2), 0.5), (0.0, math.log10(20))])
 def test_the_edge_of_the_quadratic_is_smooth_at_every_zoom(size: float, at: tuple[float, float]) -> None:
-    # A long run puts the edge within a pixel of 2 / curvature.
-    steps = 300 if size > 1e-3 else 3000
+    # log10 of the edge lies about log(2) / (2 ln(10) T) outside 2 / curvature: in the frame at these lengths.
+    steps = 300 if size > 1e-3 else 1000
     params = Params(system="quadratic", centre_x=at[0], centre_y=at[1], size=size, resolution=256, steps=steps)
     result = run(params)
     assert result.dimension == pytest.approx(1.0, abs=0.05)
@@ -281,13 +287,14 @@ def test_each_frame_of_a_zoom_lies_on_the_edge_of_the_one_before(on: Any) -> Non
     found = zoom(Params(system="mandelbrot", centre_x=-0.5, centre_y=0, size=3, resolution=64, steps=60), 4, 4.0, on)
     assert [params.size for params, _ in found] == [3.0, 0.75, 0.1875, 0.046875]
     assert all(result.edge > 0 for _, result in found)
-    for (outer, _), (inner, _) in zip(found, found[1:], strict=False):
+    for (outer, _), (inner, _) in itertools.pairwise(found):
         assert abs(inner.centre_x - outer.centre_x) <= outer.size / 2
         assert abs(inner.centre_y - outer.centre_y) <= outer.size / 2
 
 
 def test_a_zoom_stops_at_the_finest_grid_of_float64() -> None:
-    found = zoom(Params(system="quadratic", centre_x=0.3, centre_y=0.3, size=1, resolution=8, steps=30), 40, 10.0, "edge")
+    frame = Params(system="quadratic", centre_x=0.3, centre_y=0.3, size=1, resolution=8, steps=30)
+    found = zoom(frame, 40, 10.0, "edge")
     assert 1e-16 < found[-1][0].size < 1e-13
     assert len(found) < 20
 
@@ -318,9 +325,15 @@ def test_only_a_whole_frame_has_a_dimension() -> None:
 def test_groups_share_what_is_trained_and_not_where() -> None:
     one = Params()
     assert fractal.group(one) == fractal.group(Params(centre_x=1, size=0.1, resolution=7, tile=2, tile_x=1))
-    assert len({fractal.group(one), *(fractal.group(Params(**other)) for other in (
-        {"seed": 1}, {"steps": 9}, {"activation": "relu"}, {"batch": "one"}, {"data": 1}, {"plane": "rate_offset"}
-    ))}) == 7  # fmt: skip
+    others: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"steps": 9},
+        {"activation": "relu"},
+        {"batch": "one"},
+        {"data": 1},
+        {"plane": "rate_offset"},
+    ]
+    assert len({fractal.group(one), *(fractal.group(Params(**other)) for other in others)}) == 7
 
 
 def test_needs_grow_with_the_tile_and_not_with_the_frame() -> None:
@@ -336,8 +349,8 @@ def test_the_plot_puts_tiles_together_and_leaves_gaps_grey() -> None:
     tiles = [frame.model_copy(update={"tile_x": x, "tile_y": y}) for y in (0, 1) for x in (0, 1)]
     records = [_record(number, tile, run(tile)) for number, tile in enumerate(tiles)]
     whole = fractal.plot(records)
-    single = fractal.plot([_record(9, frame.model_copy(update={"tile": None}), run(Params(**{**frame.model_dump(), "tile": None})))])
-    assert whole == single
+    untiled = frame.model_copy(update={"tile": None})
+    assert whole == fractal.plot([_record(9, untiled, run(untiled))])
     assert [type(panel.marks[0]) for panel in whole.panels] == [Image, Line]
     gap = fractal.plot([*records[:3], replace(records[3], state="running", result=None)])
     assert len(gap.panels) == 1
@@ -354,7 +367,8 @@ def test_the_plot_puts_tiles_together_and_leaves_gaps_grey() -> None:
 def test_the_plot_of_a_zoom_shows_the_widest_frame_first() -> None:
     found = zoom(Params(system="mandelbrot", centre_x=-0.5, centre_y=0, size=3, resolution=64, steps=40), 3)
     figure = fractal.plot([_record(number, *pair) for number, pair in enumerate(reversed(found))])
-    assert [panel.title.partition(",")[0] for panel in figure.panels] == ["side 3", "side 0.3", "side 0.03", "Boxes on the edge"]
+    titles = [panel.title.partition(",")[0] for panel in figure.panels]
+    assert titles == ["side 3", "side 0.3", "side 0.03", "Boxes on the edge"]
     lines = [mark.label for mark in figure.panels[-1].marks if isinstance(mark, Line)]
     assert lines == ["side 3", "side 0.3", "side 0.03"]
 

@@ -161,18 +161,19 @@ def group(params: Params) -> str:
 
 def needs(params: Params) -> Needs:
     columns, rows = (
-        len(range(tile * params.tile_side, params.resolution)[: params.tile_side])
-        for tile in (params.tile_x, params.tile_y)
+        min(params.tile_side, params.resolution - tile * params.tile_side) for tile in (params.tile_x, params.tile_y)
     )
     pixels = columns * rows
-    steps = pixels * params.steps
     if params.system != "network":
-        return Needs(seconds=0.02 + steps * 3e-9, libraries=("numpy",), group=max(1, 65536 // pixels))
-    # Fitted to widths 4 to 64 and 1 to 272 points on one core: overhead, products, activations of one pixel and step.
-    products = params.width**2 * params.data * (2 if params.batch == "full" else 1)
-    seconds = 0.6e-6 + 0.25e-9 * products + (9e-9 if params.activation == "tanh" else 3e-9) * params.width * params.data
+        seconds = {"quadratic": 25e-9, "mandelbrot": 6e-9}[params.system]
+        return Needs(0.02 + pixels * params.steps * seconds, libraries=("numpy",), group=max(1, 65536 // pixels))
+    # One pixel and step: overhead, multiply-adds, activations; within 60 % of what widths 4 to 64 and 1 to 272 points
+    # took on one core where no pixel overflows.
+    n, d = params.width + -params.width % 8, params.data + -params.data % 8
+    products = n * n * d * (2 if params.batch == "full" else 1)
+    seconds = 1.4e-6 + 0.17e-9 * products + (7.5e-9 if params.activation == "tanh" else 2.5e-9) * n * d
     # A block is full with BLOCK pixels; only smaller tiles gain from company.
-    return Needs(seconds=0.05 + steps * seconds, group=max(1, 4 * BLOCK // pixels))
+    return Needs(0.05 + pixels * params.steps * seconds, group=max(1, 4 * BLOCK // pixels))
 
 
 def run(params: Params) -> Result:
@@ -343,7 +344,7 @@ def _padded(array: np.ndarray) -> np.ndarray:
 
 
 def _train(params: Params, start: tuple[np.ndarray, ...], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Losses (pixels, steps + 1) of one block of pixels; inf from the first that is not finite.
+    """Losses (pixels, steps + 1) of one block of pixels; after the first that is not finite, none has a meaning.
 
     A pixel's bits must not depend on its neighbours. So every product is a `bmm` with one matrix a pixel (a gemm over
     all pixels sums in an order that depends on where the pixel lies in it), and every matrix starts on a cache line,

@@ -11,7 +11,7 @@ A MAC is one multiplication with its addition; MACs and FLOPs are those of one e
   GlobalMaxPool, GlobalAveragePool: one an input.
 * Moving data (Concat, Flatten, Gather, Identity, Pad, Reshape, Slice, Transpose, ...) and Dropout: 0.
 * Anything else, and any layer whose shapes cannot be inferred: None, and counted in `unknown`, never 0. The totals are
-  sums over the layers that are known.
+  sums over the layers that are known. So an If or a Loop is unknown, and what is stored inside its bodies not counted.
 
 A parameter is a stored floating-point number, counted where it is first read; means and variances of
 BatchNormalization are `statistics` instead. Spectra: the stored weight of each Gemm, MatMul (by a matrix) and Conv; a
@@ -46,7 +46,7 @@ VERSION = 1
 NEEDS = Needs(seconds=0.2, libraries=("numpy", "onnx"))
 
 #: Networks, and spectra, drawn in one plot; more cannot be told apart.
-_DRAWN = 8
+_DRAWN = 7
 
 
 class Params(Contract):
@@ -318,7 +318,7 @@ def plot(records: list[Record]) -> figure.Figure:
         figure.Panel(
             title="parameters by layer",
             x=figure.Axis(label="layer", scale="category"),
-            y=figure.Axis(label="parameters", scale="log"),
+            y=figure.Axis(label="parameters"),
             marks=list(bars),
         )
     ]

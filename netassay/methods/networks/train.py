@@ -33,7 +33,7 @@ from netassay.store.artifacts import MissingArtifact
 VERSION = 1
 
 #: Curves drawn in one plot; more cannot be told apart.
-_DRAWN = 12
+_DRAWN = 7
 
 
 class Params(Contract):

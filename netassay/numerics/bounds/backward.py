@@ -39,8 +39,9 @@ Intermediates = Literal["backward", "interval"]
 
 #: Boxes that share a backward pass. Few: each carries its own coefficient matrices, which should stay in cache.
 BLOCK = 16
-#: Coefficients of one pass, boxes x rows x width; more rows than fit are taken in several passes. 16 MiB in float64.
-COEFFICIENTS = 1 << 21
+#: Coefficients of one pass, boxes x rows x width; more rows than fit are taken in several passes. 4 MiB in float64: of
+#: the order of a cache, and measured no slower than 1 or 16 MiB.
+COEFFICIENTS = 1 << 19
 #: How a bound computed twice may differ, in units of its rounding times the number of operations: the first-order
 #: estimate is a few (each layer adds what the slopes before it changed), the rest is for what was not thought of.
 NOISE = 1000.0
