@@ -17,12 +17,13 @@ import os
 import sys
 from pathlib import Path
 
+from netassay.errors import UserError
 from netassay.method import Method
 
 _BUILT_IN = Path(__file__).parent / "methods"
 
 
-class UnknownMethod(LookupError):
+class UnknownMethod(UserError, LookupError):
     """No method of that name; the message offers the nearest ones."""
 
     def __init__(self, name: str) -> None:

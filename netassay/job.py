@@ -19,6 +19,8 @@ from netassay.method import Contract, Method
 #: The others run again on a new submission or on `retry`.
 CAUSES = ("invalid_input", "numerical", "error", "time", "memory", "crash", "dependency", "unstorable", "store")
 DETERMINISTIC = frozenset({"invalid_input", "numerical"})
+#: The method whose jobs build the network of a recipe: its params hold the recipe, its result the network.
+BUILDER = "networks.train"
 #: How a job can end; a job without a record is pending, or running where a chunk holds it.
 ENDS = ("done", "not_applicable", "failed")
 

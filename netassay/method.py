@@ -38,6 +38,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from netassay.errors import UserError
+
 if TYPE_CHECKING:
     from netassay.figure import Figure
     from netassay.job import Record
@@ -58,7 +60,7 @@ class Contract(BaseModel):
     )
 
 
-class MethodError(Exception):
+class MethodError(UserError):
     """An end that a method foresaw: what happened, why, and what to try."""
 
     cause = "error"
@@ -122,6 +124,15 @@ class Needs:
     memory: int | None = None
     libraries: tuple[str, ...] = ("numpy", "torch")
     group: int = 1
+
+
+#: A job may take this many times its predicted seconds, and never less than a minute: predictions are rough.
+TIME_FACTOR, TIME_FLOOR = 20.0, 60.0
+
+
+def time_limit(predicted: float) -> float:
+    """Seconds a job may take that is predicted to take so many, where nobody says otherwise."""
+    return max(TIME_FLOOR, TIME_FACTOR * predicted)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from netassay import __version__
+from netassay.errors import UserError
 
 if TYPE_CHECKING:
     from netassay.store.database import Database
@@ -43,20 +44,12 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except Exception as error:
-        if not _is_for_the_user(error):
-            raise
-        print(f"netassay: {error.format_message() if hasattr(error, 'format_message') else error}", file=sys.stderr)
+    except UserError as error:
+        print(f"netassay: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether its message says what to try; the class is looked up without importing what was not needed."""
-    wanted = {
-        "UnknownMethod", "BadSweep", "ChangedFile", "StoreError", "NameTaken", "NoSuchBatch", "LabError", "MissingArtifact",
-        "MethodError", "UsageError", "BadParameter", "ClickException", "NetworkFileError", "ValidationError", "DrawingError",
-    }  # fmt: skip
-    return any(base.__name__ in wanted for base in type(error).__mro__) or isinstance(error, FileNotFoundError | LookupError)
+    except typer.TyperException as error:
+        print(f"netassay: {getattr(error, 'message', error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _config() -> Any:
@@ -404,11 +397,8 @@ def results(
     from netassay.store import reading
     from producer import show
 
-    rows = (
-        show.flat(record)
-        for record in reading.records(_database(), batch)
-        if not state or record.state == state
-    )
+    records = reading.records(_database(), batch)
+    rows: Iterator[dict[str, Any]] = (show.flat(record) for record in records if not state or record.state == state)
     wanted = [name.strip() for name in columns.split(",") if name.strip()]
     if by:
         rows = iter(show.summary(rows, [name.strip() for name in by.split(",")], wanted))

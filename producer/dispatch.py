@@ -36,6 +36,8 @@ OVERTAKEN_SECONDS = 3.0
 UNCLAIMED_SECONDS = 5.0
 #: Between passes while there is work, and while there is none.
 BUSY_PAUSE, IDLE_PAUSE = 0.02, 0.2
+#: After Redis or the store did not answer.
+OUTAGE_PAUSE = 1.0
 #: Questions that cost a scan (is a batch finished, hopeless) are asked so often.
 HOUSEKEEPING_SECONDS = 1.0
 
@@ -60,6 +62,7 @@ class CeleryBroker:
     def __init__(self, url: str) -> None:
         import redis
         from celery import Celery
+        from kombu.exceptions import KombuError, OperationalError
 
         self._app = Celery("netassay", broker=url)
         self._app.conf.update(
@@ -77,14 +80,12 @@ class CeleryBroker:
         )
         address = url.replace("redis+socket://", "unix://").replace("?virtual_host=", "?db=")
         self._redis = redis.Redis.from_url(address, socket_timeout=10, decode_responses=True)
-        self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+        self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError, KombuError, OperationalError)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        from kombu.exceptions import KombuError, OperationalError
-
         try:
             return question()
-        except (*self._errors, OperationalError, KombuError) as error:
+        except self._errors as error:
             raise BrokerDown(str(error) or type(error).__name__) from error
 
     def send(self, messages: list[dispatching.Message]) -> None:
@@ -123,7 +124,7 @@ class Dispatcher:
     lost_after: float = 10.0
     clock: Callable[[], float] = time.monotonic
     _workers: dict[int, Sighting] = field(default_factory=dict)
-    _overtaken: dict[int, float] = field(default_factory=dict)
+    _overtaken: dict[tuple[int, int], float] = field(default_factory=dict)
     _unclaimed: dict[tuple[int, int], float] = field(default_factory=dict)
     _served: dict[int, float] = field(default_factory=dict)
     _looked: float = -1.0
@@ -140,15 +141,15 @@ class Dispatcher:
             pending = dispatching.backlog(connection)
         changed = False
         if faults.guarded("reconciler"):
-            changed = self._lost_workers(workers, now) or self._lost_messages(workers, pending, now)
-        self._looked = now
+            changed = self._lost_workers(workers, now)
+            self._looked = now
+            changed = self._lost_messages(workers, pending, now) or changed
         if now - self._kept_house >= HOUSEKEEPING_SECONDS:
             self._keep_house()
             self._kept_house = now
         changed = bool(dispatching.settle_needs(self.database)) or changed
         slots = sum(worker.slots for worker in workers)
-        room = CHUNKS_A_SLOT * max(1, slots) - len(pending.published)
-        return self._publish(room, max(1, slots)) or changed
+        return self._publish(max(1, slots)) or changed
 
     def _lost_workers(self, workers: list[dispatching.WorkerSeen], now: float) -> bool:
         """Take back what workers hold whose counter stood still while we looked.
@@ -167,8 +168,9 @@ class Dispatcher:
             seen.still += passed
             if seen.still > self.lost_after:
                 chunks = dispatching.reclaim(self.database, worker.id, worker.counter)
-                log.warning("worker_lost", worker=worker.name, chunks=chunks)
-                changed = True
+                if chunks is not None:
+                    log.warning("worker_lost", worker=worker.name, chunks=chunks)
+                    changed = True
         return changed
 
     def _lost_messages(self, workers: list[dispatching.WorkerSeen], pending: dispatching.Backlog, now: float) -> bool:
@@ -183,10 +185,9 @@ class Dispatcher:
                 log.warning("redis_forgot", published=len(pending.published))
             return True
         # Chunks are listed oldest first: the list hands out in order, so what a later one overtook is gone.
-        overtaken = {chunk for chunk, serial in pending.published.items() if serial < pending.claimed}
-        self._overtaken = {chunk: self._overtaken.get(chunk, now) for chunk in overtaken}
-        lost = [chunk for chunk, since in self._overtaken.items() if now - since > OVERTAKEN_SECONDS]
         marks = set(pending.published.items())
+        self._overtaken = {mark: self._overtaken.get(mark, now) for mark in marks if mark[1] < pending.claimed}
+        lost = [mark[0] for mark, since in self._overtaken.items() if now - since > OVERTAKEN_SECONDS]
         self._unclaimed = {mark: self._unclaimed.get(mark, now) for mark in marks}
         old = [mark[0] for mark, since in self._unclaimed.items() if now - since > UNCLAIMED_SECONDS]
         if old and workers and not self.broker.waiting():
@@ -207,11 +208,11 @@ class Dispatcher:
             log.warning("batch_paused", why=said)
         dispatching.finish_batches(self.database)
 
-    def _publish(self, room: int, slots: int) -> bool:
+    def _publish(self, slots: int) -> bool:
         """Fill Redis up, batch by batch: the next chunk is of the batch that has had least for its weight."""
-        if room <= 0:
-            return False
         with self.database.read() as connection:
+            if dispatching.published(connection) >= CHUNKS_A_SLOT * slots:
+                return False
             batches = dispatching.open_batches(connection)
         if not batches:
             self._served.clear()
@@ -221,6 +222,8 @@ class Dispatcher:
             # A newcomer starts level with the least served, not with a claim on all the time before it came.
             floor = min((self._served[b.id] for b in batches if b.id in self._served), default=0.0)
             self._served = {b.id: max(self._served.get(b.id, floor), floor) for b in batches}
+            # Counted again under the lock: another dispatcher may have filled it up.
+            room = CHUNKS_A_SLOT * slots - dispatching.published(connection)
             while room > len(messages) and batches:
                 batch = min(batches, key=lambda b: (self._served[b.id], b.id))
                 message = dispatching.publish_next(connection, batch, slots)
@@ -250,9 +253,12 @@ def serve(config: Settings, stop: threading.Event) -> None:
     while not stop.wait(pause):
         try:
             pause = BUSY_PAUSE if dispatcher.one_pass() else min(IDLE_PAUSE, 2 * pause)
-        except (BrokerDown, Outage) as error:
-            log.warning("out", what="broker" if isinstance(error, BrokerDown) else "store", error=str(error)[:200])
-            pause = 1.0
+        except BrokerDown as error:
+            log.warning("broker_out", error=str(error)[:200])
+            pause = OUTAGE_PAUSE
+        except Outage as error:
+            log.warning("store_out", error=str(error)[:200])
+            pause = OUTAGE_PAUSE
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from netassay.errors import UserError
 from netassay.figure import Axis, Bars, Figure, Image, Line, Panel, Points, Rule, Value
 
 #: Colours told apart under every common colour blindness; yellow is left out, black last.
@@ -84,6 +85,10 @@ _LOG_LABEL = (
 )
 
 
+class CannotDraw(UserError, ValueError):
+    """The figure cannot be written to that file."""
+
+
 def to_vega_lite(figure: Figure) -> dict[str, Any]:
     """The complete specification (Vega-Lite 5, JSON values only): the figure's panels in rows of `figure.columns`."""
     columns = max(1, min(figure.columns, len(figure.panels)))
@@ -107,7 +112,7 @@ def to_vega_lite(figure: Figure) -> dict[str, Any]:
 def draw(figure: Figure, path: Path | str) -> Path:
     """Write a figure as .png (two pixels a point), .svg or .json (Vega-Lite), by the suffix; returns the path.
 
-    Raises ValueError for another suffix, and where there is no panel to draw.
+    Raises CannotDraw for another suffix, and where there is no panel to draw.
     """
     path = Path(path)
     writers: dict[str, Callable[[dict[str, Any]], bytes]] = {
@@ -117,12 +122,12 @@ def draw(figure: Figure, path: Path | str) -> Path:
     }
     writer = writers.get(path.suffix.lower())
     if writer is None:
-        raise ValueError(
+        raise CannotDraw(
             f"{path.name}: a figure cannot be written as {path.suffix or 'a file without a suffix'}; "
             f"use {', '.join(list(writers)[:-1])} or {list(writers)[-1]}"
         )
     if not figure.panels:
-        raise ValueError(
+        raise CannotDraw(
             f"{path.name}: the figure {figure.title!r} has no panels; {figure.caption or 'nothing to draw'}"
         )
     path.write_bytes(writer(to_vega_lite(figure)))

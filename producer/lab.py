@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from netassay.errors import UserError
 from netassay.settings import Settings, settings
 
 #: Longer paths of unix sockets are cut silently: sockaddr_un holds 107 bytes and a NUL.
@@ -36,7 +37,7 @@ END_SECONDS = 15.0
 READY_SECONDS = 90.0
 
 
-class LabError(Exception):
+class LabError(UserError):
     """The lab cannot be started or reached; the message says what to try."""
 
 

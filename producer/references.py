@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from netassay import job
+from netassay.errors import UserError
 from netassay.fields import REFERENCE, ReferenceTo
 from netassay.store import artifacts
 from netassay.store.artifacts import Artifacts
 from producer import wording
 
 
-class ChangedFile(ValueError):
+class ChangedFile(UserError, ValueError):
     """A file is not what it was when the sweep was checked."""
 
 

@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from netassay.errors import UserError
+
 if TYPE_CHECKING:
     from netassay.job import Record
     from netassay.store.database import Database
     from netassay.store.reading import Progress
 
-console = Console()
-errors = Console(stderr=True)
+#: Columns of what is written to a file or a pipe, where there is no window to fit.
+PIPE_WIDTH = 160
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+console = _console()
+errors = _console(stderr=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = (), title: str = "") -> Table:
@@ -114,11 +127,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class NoSuchColumn(UserError, LookupError):
+    """The message lists the columns there are."""
+
+
 def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each combination of the `by` columns among done jobs: their number; of each column in `of` (else of
     each result) the mean where it is numeric, and the share of each value where it is a word or true/false.
 
-    Raises LookupError naming the columns that exist, where `by` or `of` names another.
+    Raises NoSuchColumn naming the columns that exist, where `by` or `of` names another.
     """
     groups: dict[tuple, list[dict[str, Any]]] = {}
     seen: dict[str, None] = {}
@@ -127,7 +144,7 @@ def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]
         if row["state"] == "done" and all(name in row for name in by):
             groups.setdefault(tuple(row[name] for name in by), []).append(row)
     if unknown := [name for name in (*by, *of) if name not in seen]:
-        raise LookupError(f"there is no column {', '.join(unknown)}; columns are: {', '.join(seen)}")
+        raise NoSuchColumn(f"there is no column {', '.join(unknown)}; columns are: {', '.join(seen)}")
     members = [row for group in groups.values() for row in group]
     values = {
         name: list(dict.fromkeys(row[name] for row in members if isinstance(row.get(name), str | bool)))
@@ -142,7 +159,8 @@ def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]
                     if word is False and True in words:
                         continue
                     share = sum(row.get(name) == word for row in group) / len(group)
-                    line[name if word is True else f"{name}={word}"] = f"{share:.1%}"
+                    label = name if word is True else str(word)
+                    line[label if label not in line else f"{name}={word}"] = f"{share:.1%}"
             elif numbers := [row[name] for row in group if isinstance(row.get(name), int | float)]:
                 line[f"mean {name}"] = sum(numbers) / len(numbers)
         result.append(line)

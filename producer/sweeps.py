@@ -33,13 +33,12 @@ import yaml
 from pydantic import ValidationError
 
 from netassay import catalogue, job
+from netassay.errors import UserError
 from netassay.fields import ReferenceTo
-from netassay.method import Contract, Method
+from netassay.method import Contract, Method, time_limit
 from producer import references, wording
 from producer.references import Resolver
 
-#: Method that builds a recipe's network; its params are {"recipe": reference}.
-TRAIN = "networks.train"
 #: Errors that a message shows and that are kept; beyond, they are counted only (a million rows can be wrong).
 SHOWN, KEPT = 20, 1000
 
@@ -92,7 +91,7 @@ class RowError:
         return f"{self.where}: {f'{self.field} ' if self.field else ''}{self.message}{others}"
 
 
-class BadSweep(ValueError):
+class BadSweep(UserError, ValueError):
     """A document that cannot be submitted. errors: the different ones (at most `KEPT`); total: all that is wrong."""
 
     def __init__(self, source: str, errors: Sequence[RowError], total: int | None = None) -> None:
@@ -161,11 +160,6 @@ class Summary:
     @property
     def total_seconds(self) -> float:
         return self.jobs * self.seconds
-
-
-def time_limit(predicted: float) -> float:
-    """Default time limit of a job in seconds: 20 times its predicted run time, at least a minute."""
-    return max(60.0, 20.0 * predicted)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -363,7 +357,7 @@ def prepare(document: Document, resolver: Resolver, skip_invalid: bool = False) 
     segments = list(work.segments.values())
     training = _Preparation(resolver, seen=work.seen)
     for recipe in work.recipes:
-        training.add(Entry(0, TRAIN, {"recipe": recipe}, {}))
+        training.add(Entry(0, job.BUILDER, {"recipe": recipe}, {}))
     if training.errors:
         raise BadSweep(document.source, list(training.errors.values()))
     segments = [*training.segments.values(), *segments]

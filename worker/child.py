@@ -12,6 +12,7 @@ Out, for each group, in order: `[[job id, state, cause, message, result JSON or 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -117,15 +118,11 @@ def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]]) 
 
 def _compute(method: Method, params: list[Any], given: dict[str, str]) -> list[Any]:
     """A Result, a Failure or an exception for each."""
-    if given:
-        from netassay import networks
+    with contextlib.ExitStack() as stack:
+        if given:
+            from netassay import networks
 
-        context = networks.given(given)
-    else:
-        import contextlib
-
-        context = contextlib.nullcontext()
-    with context:
+            stack.enter_context(networks.given(given))
         if method.run_many is not None and len(params) > 1:
             try:
                 ends = method.run_many(params)

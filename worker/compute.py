@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from worker.limits import cause_of_exit, resident
 
@@ -20,18 +20,25 @@ from worker.limits import cause_of_exit, resident
 LOG_BYTES = 64 * 1024
 #: Importing torch from a cold disk takes a minute; nothing sane takes longer.
 PREPARE_SECONDS = 300.0
-#: How often a waiting supervisor looks at the clock, the child's memory and the requests to stop.
+#: How often a waiting supervisor looks at the clock and the requests to stop.
 _TICK = 0.1
+#: How often it looks at the memory of the child; quick groups are over before, and RLIMIT_DATA holds meanwhile.
+_LOOK = 0.25
+#: What a child may take to end after it has closed its end of the results.
+_END_SECONDS = 5.0
 #: Settings that hold addresses and passwords; a child gets neither.
 _PRIVATE = ("NETASSAY_BROKER", "NETASSAY_STORE")
 
 
 class ChildDied(Exception):
-    """The child ended, or was killed, in the middle of something. cause as in `netassay.job.CAUSES`."""
+    """The child ended, or was killed, in the middle of something. cause as in `netassay.job.CAUSES`.
 
-    def __init__(self, cause: str, message: str, log: str) -> None:
+    code: its exit status as `subprocess` gives it; None where the supervisor killed it because of a limit.
+    """
+
+    def __init__(self, cause: str, message: str, log: str, code: int | None = None) -> None:
         super().__init__(message)
-        self.cause, self.message, self.log = cause, message, log
+        self.cause, self.message, self.log, self.code = cause, message, log, code
 
 
 class Stopped(Exception):
@@ -55,16 +62,25 @@ class Child:
                 stderr=log_end,
                 pass_fds=(results_end,),
                 env=_environment(),
+                process_group=0,  # so that what a job starts can be killed with it
             )
+        except BaseException:
+            os.close(results)
+            os.close(log)
+            raise
         finally:
             os.close(results_end)
             os.close(log_end)
         self._results, self._log = results, log
         self._lines, self._partial, self._tail = [], bytearray(), bytearray()  # type: list[bytes], bytearray, bytearray
+        assert self.process.stdin is not None
+        self._jobs, self._unsent = self.process.stdin.fileno(), bytearray()
         self._selector = selectors.DefaultSelector()
-        for end in (results, log):
+        for end in (results, log, self._jobs):
             os.set_blocking(end, False)
+        for end in (results, log):
             self._selector.register(end, selectors.EVENT_READ)
+        self._closed = False
         self.base = 0
 
     def prepare(self, libraries: Sequence[str], stop: Callable[[], bool]) -> None:
@@ -78,11 +94,23 @@ class Child:
         self.base = resident(self.process.pid)
 
     def send(self, request: dict[str, Any]) -> None:
-        data = (json.dumps(request, separators=(",", ":")) + "\n").encode()
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its death is noticed, and named, by the next read
-            self.process.stdin.write(data)
-            self.process.stdin.flush()
+        """Give it work. What the pipe does not take now is sent by `line`, so a child that does not read holds nobody up."""
+        self._drain_log()
+        self._tail.clear()  # what earlier jobs said is not these jobs' log
+        if not self._unsent:
+            self._selector.register(self._jobs, selectors.EVENT_WRITE)
+        self._unsent += (json.dumps(request, separators=(",", ":")) + "\n").encode()
+        self._push()
+
+    def _push(self) -> None:
+        try:
+            del self._unsent[: os.write(self._jobs, self._unsent)]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:  # its death is noticed, and named, by the next read
+            self._unsent.clear()
+        if not self._unsent:
+            self._selector.unregister(self._jobs)
 
     def line(self, deadline: float, memory: int | None, stop: Callable[[], bool]) -> bytes:
         """The next line of results.
@@ -90,7 +118,7 @@ class Child:
         Raises ChildDied where the child ends, is past `deadline` (monotonic) or its family holds more than `memory`
         bytes resident beyond what it held when prepared; Stopped as soon as `stop()` says so. It is dead then.
         """
-        look = 0.0
+        look = time.monotonic() + _LOOK
         while not self._lines:
             now = time.monotonic()
             if stop():
@@ -102,16 +130,19 @@ class Child:
                 held = resident(self.process.pid) - self.base
                 if held > memory:
                     self._give_up("memory", f"it held {held / 2**20:,.0f} MiB, its limit is {memory / 2**20:,.0f} MiB")
-                look = now + 2.5 * _TICK
-            if not self._pump(min(_TICK, max(0.0, deadline - now))):
-                code = self.process.wait()
-                cause, message = cause_of_exit(code)
-                raise ChildDied(cause, message, self._close())
+                look = now + _LOOK
+            # A job's own forks may hold the pipe open after the child has died, hence both questions.
+            ended = not self.alive
+            if not self._pump(min(_TICK, max(0.0, deadline - now))) or (ended and not self._lines):
+                self._ended()
         return self._lines.pop(0)
 
     def _pump(self, timeout: float) -> bool:
         """Read what has come; False at the end of the results."""
         for key, _ in self._selector.select(timeout):
+            if key.fd == self._jobs:
+                self._push()
+                continue
             try:
                 data = os.read(key.fd, 1 << 18)
             except BlockingIOError:
@@ -125,51 +156,60 @@ class Child:
                 return False
             else:
                 self._partial += data
-                *whole, rest = self._partial.split(b"\n")
-                if whole:
+                if b"\n" in data:
+                    *whole, rest = self._partial.split(b"\n")
                     self._lines += map(bytes, whole)
                     self._partial = bytearray(rest)
         return True
 
-    def _give_up(self, cause: str, message: str) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        raise ChildDied(cause, message, self._close())
+    def _ended(self) -> NoReturn:
+        """Name the death of a child that has closed its results, or is gone."""
+        try:
+            code = self.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._give_up("crash", "the process closed its pipes in the middle of the job")
+        self._kill_group()
+        cause, message = cause_of_exit(code)
+        raise ChildDied(cause, message, self._close(), code)
+
+    def _give_up(self, cause: str, message: str) -> NoReturn:
+        raise ChildDied(cause, message, self.kill())
 
     def kill(self) -> str:
-        """End it now. Returns the tail of its log."""
-        if self.process.poll() is None:
-            self.process.kill()
+        """End it now, with all it has started in its group. Returns the tail of its log."""
+        if self.process.returncode is None:
+            self._kill_group()
             self.process.wait()
         return self._close()
 
+    def _kill_group(self) -> None:
+        # Only before the child is waited for, or at once after: later its number may be another's.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     @property
     def alive(self) -> bool:
-        return self.process.poll() is None
+        if self.process.returncode is None and self.process.poll() is not None:
+            self._kill_group()
+        return self.process.returncode is None
 
     def _close(self) -> str:
-        for _ in self._rest_of_log():
-            pass
-        self._selector.close()
-        for end in (self._results, self._log):
-            with contextlib.suppress(OSError):
-                os.close(end)
-        if self.process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
+        if not self._closed:  # twice would close what others have opened under these numbers since
+            self._closed = True
+            self._drain_log()
+            self._selector.close()
+            os.close(self._results)
+            os.close(self._log)
+            assert self.process.stdin is not None
+            self.process.stdin.close()
         return bytes(self._tail).decode(errors="replace")
 
-    def _rest_of_log(self) -> Iterator[None]:
-        while True:
-            try:
-                data = os.read(self._log, 1 << 16)
-            except OSError:
-                return
-            if not data:
-                return
-            self._tail += data
-            del self._tail[:-LOG_BYTES]
-            yield
+    def _drain_log(self) -> None:
+        """Read what is there, a pipe full at most: somebody may still be writing."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(16):
+                self._tail += os.read(self._log, LOG_BYTES)
+                del self._tail[:-LOG_BYTES]
 
 
 def _environment() -> dict[str, str]:

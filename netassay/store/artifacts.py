@@ -15,12 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from netassay.errors import UserError
 from netassay.settings import settings
 
 _BLOCK = 1 << 20
 
 
-class MissingArtifact(LookupError):
+class MissingArtifact(UserError, LookupError):
     """The store has no file of that digest."""
 
 

@@ -26,14 +26,17 @@ def batch_id_of(database: Database, name: str) -> int:
     raise NoSuchBatch(f"no batch is called {name!r}" + (f"; the newest are: {others}" if others else "; none was submitted yet"))
 
 
-def _move(database: Database, name: str, state: str, allowed: tuple[str, ...]) -> bool:
+def _move(database: Database, name: str, state: str, allowed: tuple[str, ...], judged: bool = False) -> bool:
     batch_id = batch_id_of(database, name)
     places = ", ".join(f"'{item}'" for item in allowed)
     with database.write(durable=True) as connection:
         return bool(
             connection.execute(
-                text(f"UPDATE batch SET state = :state, reason = '' WHERE id = :id AND state IN ({places})"),
-                {"id": batch_id, "state": state},
+                text(
+                    "UPDATE batch SET state = :state, reason = '', judged = CASE WHEN :judged = 1 THEN 1 ELSE judged END"
+                    f" WHERE id = :id AND state IN ({places})"
+                ),
+                {"id": batch_id, "state": state, "judged": int(judged)},
             ).rowcount
         )
 
@@ -45,10 +48,7 @@ def pause(database: Database, name: str) -> bool:
 
 def resume(database: Database, name: str) -> bool:
     """Go on with a paused or cancelled batch; it will not pause itself again. False where it was neither."""
-    batch_id = batch_id_of(database, name)
-    with database.write() as connection:
-        connection.execute(text("UPDATE batch SET judged = 1 WHERE id = :id"), {"id": batch_id})
-    return _move(database, name, "open", ("paused", "cancelled"))
+    return _move(database, name, "open", ("paused", "cancelled"), judged=True)
 
 
 def cancel(database: Database, name: str) -> bool:

@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import SingletonThreadPool
 
+from netassay.errors import UserError
 from netassay.settings import settings
 from netassay.store import tables
 
@@ -26,10 +27,10 @@ BUSY_SECONDS = 30
 SCHEMA = "0001"
 
 #: What a database that is down, locked, full or cut off raises: worth trying again.
-Outage = (OperationalError, InterfaceError)
+Outage: tuple[type[DBAPIError], ...] = (OperationalError, InterfaceError)
 
 
-class StoreError(Exception):
+class StoreError(UserError):
     """The store cannot be used; the message says what to try."""
 
 
@@ -113,11 +114,9 @@ class Database:
         with self.write(durable=True) as connection:
             if inspect(connection).has_table("alembic_version"):  # another process was faster
                 return
-            tables.metadata.create_all(connection)
+            tables.create(connection)
             connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
             connection.execute(text("INSERT INTO alembic_version VALUES (:v)"), {"v": SCHEMA})
-            for name, value in (("next_job", 1), ("published", 0), ("claimed", 0), ("incarnation", 0)):
-                connection.execute(tables.lab.insert(), {"name": name, "value": value})
 
     def _upgrade(self, found: str) -> None:
         from alembic import command

@@ -53,6 +53,11 @@ class Backlog:
     claimed: int
 
 
+def published(connection: Connection) -> int:
+    """How many chunks are published and not claimed."""
+    return connection.execute(text("SELECT count(*) FROM chunk WHERE state = 'published'")).scalar_one()
+
+
 def backlog(connection: Connection) -> Backlog:
     rows = connection.execute(text("SELECT id, serial FROM chunk WHERE state = 'published'"))
     published: dict[int, int] = {row.id: row.serial for row in rows}
@@ -179,10 +184,10 @@ def new_incarnation(connection: Connection) -> int:
     return value
 
 
-def reclaim(database: Database, worker_id: int, counter: int) -> int:
+def reclaim(database: Database, worker_id: int, counter: int) -> int | None:
     """Declare a worker lost whose counter stood still: its chunks go back. Returns how many.
 
-    Does nothing if the counter has moved since it was read.
+    None, and nothing is done, if the counter has moved since it was read or another dispatcher was faster.
     """
     with database.write() as connection:
         lost = connection.execute(
@@ -190,7 +195,7 @@ def reclaim(database: Database, worker_id: int, counter: int) -> int:
             {"id": worker_id, "counter": counter},
         ).rowcount
         if not lost:
-            return 0
+            return None
         chunks = connection.execute(
             text("SELECT id, current, token FROM chunk WHERE worker_id = :id AND state = 'claimed'"), {"id": worker_id}
         ).all()
@@ -248,8 +253,8 @@ def blocked(connection: Connection) -> bool:
     return connection.execute(text("SELECT 1 FROM chunk WHERE state = 'blocked' LIMIT 1")).one_or_none() is not None
 
 
-def waiting_segments(connection: Connection) -> list[tuple[int, list[str]]]:
-    """Segments of open batches that wait, and the end of each job they need ('' where it has not ended)."""
+def _settled_segments(connection: Connection) -> list[tuple[int, bool]]:
+    """Segments of open batches that wait though all they need has ended, and whether all of it is done."""
     rows = connection.execute(
         text(
             "SELECT n.segment_id, coalesce(r.state, '') FROM segment s JOIN batch b ON b.id = s.batch_id"
@@ -260,19 +265,19 @@ def waiting_segments(connection: Connection) -> list[tuple[int, list[str]]]:
     found: dict[int, list[str]] = {}
     for segment_id, state in rows:
         found.setdefault(segment_id, []).append(state)
-    return list(found.items())
+    return [(segment, set(ends) == {"done"}) for segment, ends in found.items() if "" not in ends]
 
 
 def settle_needs(database: Database) -> int:
     """Let segments go whose needs are done; fail the jobs of those whose needs failed. Returns how many changed."""
     with database.read() as connection:
-        found = [(segment, ends) for segment, ends in waiting_segments(connection) if "" not in ends]
-    if not found:
-        return 0
+        if not _settled_segments(connection):
+            return 0
     with database.write() as connection:
-        for segment_id, ends in found:
-            connection.execute(text("UPDATE segment SET waiting = 0 WHERE id = :id AND waiting = 1"), {"id": segment_id})
-            if set(ends) != {"done"}:
+        found = _settled_segments(connection)  # again: a retry may have come in between
+        for segment_id, done in found:
+            connection.execute(text("UPDATE segment SET waiting = 0 WHERE id = :id"), {"id": segment_id})
+            if not done:
                 _fail_segment(connection, segment_id)
     return len(found)
 
@@ -312,8 +317,10 @@ def pause_hopeless(database: Database) -> list[str]:
     with database.read() as connection:
         candidates = connection.execute(
             text(
-                "SELECT b.id, b.name FROM batch b WHERE b.state = 'open' AND b.judged = 0 AND b.size > :n AND :n <="
+                # One that has ended altogether has nothing left to be spared.
+                "SELECT b.id, b.name FROM batch b WHERE b.state = 'open' AND b.judged = 0 AND b.size > :n AND"
                 " (SELECT sum(done + not_applicable + failed) FROM chunk c WHERE c.batch_id = b.id)"
+                " BETWEEN :n AND b.size - 1"
             ),
             {"n": JUDGED_JOBS},
         ).all()

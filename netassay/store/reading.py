@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from netassay.job import Record
 from netassay.store import storable
 from netassay.store.control import batch_id_of
-from netassay.store.database import Database
+from netassay.store.database import Database, StoreError
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,10 @@ def records(database: Database, name: str) -> Iterator[Record]:
         start = rows[-1].ordinal + 1
 
 
+class NoSuchJob(StoreError, LookupError):
+    """No job, or more than one, has a key that starts so."""
+
+
 @dataclass(frozen=True)
 class FailureGroup:
     cause: str
@@ -178,7 +182,7 @@ class AttemptSeen:
 
 
 def attempts(database: Database, key: str) -> list[AttemptSeen]:
-    """The attempts of the job whose key starts so, oldest first. Raises LookupError."""
+    """The attempts of the job whose key starts so, oldest first. Raises NoSuchJob."""
     with database.read() as connection:
         job_id = _job_id(connection, key)
         rows = connection.execute(
@@ -196,7 +200,7 @@ def _job_id(connection: Connection, key: str) -> int:
         low = bytes.fromhex(key + "0" * (32 - len(key)))
         high = bytes.fromhex(key + "f" * (32 - len(key)))
     except ValueError:
-        raise LookupError(f"{key!r} is not the beginning of a job's key (hexadecimal, up to 32 digits)") from None
+        raise NoSuchJob(f"{key!r} is not the beginning of a job's key (hexadecimal, up to 32 digits)") from None
     found = connection.execute(
         text("SELECT job_id FROM job_key WHERE key >= :low AND key <= :high LIMIT 2"), {"low": low, "high": high}
     ).scalars()
@@ -204,9 +208,9 @@ def _job_id(connection: Connection, key: str) -> int:
         case [job_id]:
             return job_id
         case []:
-            raise LookupError(f"no job's key starts with {key}")
+            raise NoSuchJob(f"no job's key starts with {key}")
         case _:
-            raise LookupError(f"several jobs' keys start with {key}; give more digits")
+            raise NoSuchJob(f"several jobs' keys start with {key}; give more digits")
 
 
 @dataclass(frozen=True)

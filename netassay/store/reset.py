@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 
 def forget_records(connection: Connection, jobs: Sequence[int]) -> int:
@@ -21,28 +22,28 @@ def forget_records(connection: Connection, jobs: Sequence[int]) -> int:
 
 
 def _forget(connection: Connection, places: str) -> int:
-    counted = connection.execute(
+    held: dict[int, dict[int, str]] = defaultdict(dict)
+    for batch_id, ordinal, state in connection.execute(
         text(
-            "SELECT m.batch_id, m.ordinal, r.state,"
-            # The newest chunk over an ordinal is the one that counted it: a retry lies over an older range.
-            " (SELECT max(c.id) FROM chunk c WHERE c.batch_id = m.batch_id AND c.start <= m.ordinal"
-            "  AND m.ordinal < c.stop AND c.state = 'finished') AS chunk_id"
+            "SELECT m.batch_id, m.ordinal, r.state"
             " FROM record r JOIN membership m ON m.job_id = r.job_id JOIN batch b ON b.id = m.batch_id"
             f" WHERE b.state <> 'arriving' AND r.job_id IN ({places})"
         )
-    ).all()
+    ):
+        held[batch_id][ordinal] = state
     ended = connection.execute(text(f"DELETE FROM record WHERE job_id IN ({places})")).rowcount
     connection.execute(text(f"UPDATE attempt SET spent = 1 WHERE job_id IN ({places})"))
     connection.execute(text(f"DELETE FROM worker_loss WHERE job_id IN ({places})"))
-    lost = Counter((row.chunk_id, row.state) for row in counted if row.chunk_id is not None)
-    for (chunk_id, state), number in lost.items():
-        connection.execute(text(f"UPDATE chunk SET {state} = {state} - :n WHERE id = :id"), {"n": number, "id": chunk_id})
-    ordinals = defaultdict(list)
-    for row in counted:
-        if row.chunk_id is not None:
-            ordinals[row.batch_id].append(row.ordinal)
-    for batch_id, places_of_batch in ordinals.items():
-        make_ready(connection, batch_id, places_of_batch)
+    for batch_id, states in held.items():
+        counted = _counted(connection, batch_id, sorted(states))
+        if not counted:
+            continue
+        lost = Counter((chunk_id, states[ordinal]) for ordinal, chunk_id in counted.items())
+        for (chunk_id, state), number in lost.items():
+            connection.execute(
+                text(f"UPDATE chunk SET {state} = {state} - :n WHERE id = :id"), {"n": number, "id": chunk_id}
+            )
+        make_ready(connection, batch_id, list(counted))
         connection.execute(
             text("UPDATE batch SET state = 'open' WHERE id = :id AND state = 'finished'"), {"id": batch_id}
         )
@@ -55,6 +56,33 @@ def _forget(connection: Connection, places: str) -> int:
         )
     )
     return ended
+
+
+def _counted(connection: Connection, batch_id: int, ordinals: Sequence[int]) -> dict[int, int]:
+    """The chunk that counts each of these ordinals (given in order); not in it: those that nobody has counted yet.
+
+    The newest chunk over an ordinal answers for it: what is given back, split off or retried lies over an older range.
+    If that one is not finished it has counted nothing, and will find the record gone.
+    """
+    chunks = connection.execute(
+        text(
+            "SELECT id, start, stop, state FROM chunk WHERE batch_id = :b AND start <= :high AND stop > :low"
+            " ORDER BY start"
+        ),
+        {"b": batch_id, "low": ordinals[0], "high": ordinals[-1]},
+    ).all()
+    counted: dict[int, int] = {}
+    over: list[tuple[int, Row]] = []
+    place = 0
+    for ordinal in ordinals:
+        while place < len(chunks) and chunks[place].start <= ordinal:
+            heapq.heappush(over, (-chunks[place].id, chunks[place]))
+            place += 1
+        while over and over[0][1].stop <= ordinal:
+            heapq.heappop(over)
+        if over and over[0][1].state == "finished":
+            counted[ordinal] = over[0][1].id
+    return counted
 
 
 def make_ready(connection: Connection, batch_id: int, ordinals: Sequence[int], state: str = "ready") -> None:

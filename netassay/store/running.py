@@ -20,7 +20,9 @@ from netassay import faults
 from netassay.store.database import Database
 from netassay.store.dispatching import LOSSES_SUSPECT, release
 from netassay.store.reset import make_ready
-from netassay.store.submission import BUILDER
+
+#: What a database, or its driver before it, raises for values it does not take.
+_Refused = (DataError, IntegrityError, ProgrammingError, UnicodeError, OverflowError)
 
 #: A job that killed its child this often is not started again.
 MOST_STARTS = 3
@@ -161,14 +163,15 @@ def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int
 def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
     """Take a chunk and those of its jobs that are neither done nor running elsewhere.
 
-    None where there is nothing to do: claimed by another, or its batch is not open. The claim is the acknowledgement.
+    None where there is nothing to do: claimed by another, its batch is not open, its needs are to be built anew, or
+    this worker was given up. The claim is the acknowledgement.
     """
     token = secrets.token_hex(8)
     with database.write() as connection:
         chunk = connection.execute(
             text(
                 "SELECT c.id, c.batch_id, c.segment_id, c.start, c.stop, c.state, c.serial, b.state AS batch_state,"
-                " s.method_id, s.time_limit, s.memory_limit, s.group_size, s.libraries,"
+                " s.waiting, s.method_id, s.time_limit, s.memory_limit, s.group_size, s.libraries,"
                 " coalesce(s.seconds, m.seconds, s.hint) AS seconds, m.name, m.version"
                 " FROM chunk c JOIN batch b ON b.id = c.batch_id JOIN segment s ON s.id = c.segment_id"
                 " JOIN method_version m ON m.id = s.method_id WHERE c.id = :id"
@@ -181,7 +184,12 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
             connection.execute(
                 text("UPDATE lab SET value = :serial WHERE name = 'claimed' AND value < :serial"), {"serial": chunk.serial}
             )
-        if chunk.batch_state != "open":
+        # A claim is a sign of life. But once a worker has been declared lost nobody watches it any more: what it took
+        # then would never be taken back.
+        alive = connection.execute(
+            text("UPDATE worker SET counter = counter + 1 WHERE id = :id AND state = 'alive'"), {"id": worker_id}
+        ).rowcount
+        if chunk.batch_state != "open" or chunk.waiting or not alive:
             release(connection, chunk_id)
             return None
         connection.execute(
@@ -295,7 +303,7 @@ def finish(
     """Keep what was computed, count, and give the rest of the range back, all or nothing. Raises StaleToken."""
     try:
         _finish(database, worker_id, claim, outcomes, provenance, seconds_a_job, singly=False)
-    except (DataError, IntegrityError, ProgrammingError):
+    except _Refused:
         # Something in these rows is not to this database's taste: one bad row must not cost its neighbours.
         _finish(database, worker_id, claim, outcomes, provenance, seconds_a_job, singly=True)
 
@@ -348,8 +356,9 @@ def _insert_singly(database: Database, connection: Connection, rows: Iterable[tu
         try:
             with connection.begin_nested():
                 database.insert(connection, "record", _RECORD, [row], ignore=True)
-        except (DataError, IntegrityError, ProgrammingError) as error:
-            refused = (row[0], "failed", "unstorable", f"the store refused its result: {error.orig}", None, *row[5:])
+        except _Refused as error:
+            why = getattr(error, "orig", error)
+            refused = (row[0], "failed", "unstorable", f"the store refused its result: {why}", None, *row[5:])
             database.insert(connection, "record", _RECORD, [refused], ignore=True)
 
 

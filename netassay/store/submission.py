@@ -16,7 +16,8 @@ from typing import Protocol
 from sqlalchemy import Connection, text
 
 from netassay import faults
-from netassay.job import DETERMINISTIC
+from netassay.job import BUILDER, DETERMINISTIC
+from netassay.method import time_limit
 from netassay.store.database import Database, StoreError, slices
 from netassay.store.reset import forget_records, make_ready
 
@@ -37,15 +38,6 @@ class Segment(Protocol):
     params: list[str]
     keys: list[bytes]
 
-
-
-#: A job may take this many times its predicted seconds, and never less than a minute: predictions are rough.
-TIME_FACTOR, TIME_FLOOR = 20, 60.0
-
-
-def time_limit(segment: Segment) -> float:
-    """Seconds one job of the segment may take."""
-    return segment.time_limit or max(TIME_FLOOR, TIME_FACTOR * segment.seconds)
 
 
 class NameTaken(StoreError):
@@ -101,19 +93,23 @@ def submit(
     _write_memberships(database, batch_id, ids, progress)
     rows, needs = _segment_rows(database, batch_id, segments, ids)
     faults.reach("submit.arriving")
-    with database.write(durable=True) as connection:
-        found = _rival(connection, name, digest)
-        if not found:
-            _write_segments(database, connection, rows, needs)
-            database.insert(
-                connection,
-                "reference_name",
-                ("batch_id", "reference", "name"),
-                [(batch_id, reference, called) for reference, called in names.items()],
-            )
-            if arrival.known:
-                _count_ended(connection, batch_id)
-            connection.execute(text("UPDATE batch SET state = 'open' WHERE id = :id"), {"id": batch_id})
+    try:
+        with database.write(durable=True) as connection:
+            found = _rival(connection, name, digest)
+            if not found:
+                _write_segments(database, connection, rows, needs)
+                database.insert(
+                    connection,
+                    "reference_name",
+                    ("batch_id", "reference", "name"),
+                    [(batch_id, reference, called) for reference, called in names.items()],
+                )
+                if arrival.known:
+                    _count_ended(connection, batch_id)
+                connection.execute(text("UPDATE batch SET state = 'open' WHERE id = :id"), {"id": batch_id})
+    except NameTaken:
+        discard(database, batch_id)
+        raise
     if found:
         discard(database, batch_id)
         return _again(database, found, name, size)
@@ -299,7 +295,7 @@ def _segment_rows(
                 builders[recipe_of(params)] = ids[start + offset]
             rows.append(
                 (
-                    batch_id, start, stop, start, method_id, segment.group, segment.seconds, time_limit(segment),
+                    batch_id, start, stop, start, method_id, segment.group, segment.seconds, segment.time_limit or time_limit(segment.seconds),
                     segment.memory_limit or segment.memory, segment.group_size, " ".join(segment.libraries),
                     int(bool(wanted)),
                 )
@@ -307,10 +303,6 @@ def _segment_rows(
             needs.append(wanted)
             start = stop
     return rows, needs
-
-
-#: The method whose jobs build the network of a recipe: its params hold the recipe, its result the network.
-BUILDER = "networks.train"
 
 
 def recipe_of(params: str) -> str:

@@ -36,8 +36,8 @@ Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,7 +45,7 @@ from pydantic import model_validator
 
 from netassay import data, networks
 from netassay.fields import Array, Count, DatasetName, Index, NetworkRef, Radius, Seed
-from netassay.figure import Axis, Bars, Figure, Line, Panel
+from netassay.figure import Axis, Figure, Line, Panel
 from netassay.heavy import np, torch
 from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable, NumericalError
 from netassay.networks.evaluate import forward
@@ -361,15 +361,15 @@ def _seed(params: Params) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
-#: Records without a result are drawn as this, so that a gap is never taken for an answer.
-_MISSING = "no result"
+#: Up to so many networks get a panel each; more share one panel a quantity.
+_PANELS = 9
 
 
 def plot(records: list[Record]) -> Figure:
-    """Accuracy against radius, one set of lines a network, and the verdicts behind each point.
+    """Accuracy against radius, a panel for each network.
 
-    clean: classified rightly; not falsified: an upper bound of robust accuracy; certified: a lower bound. Shares of
-    the jobs that have a result.
+    clean: classified rightly; not falsified: an upper bound of robust accuracy; certified: a lower bound; the shade
+    between the two is what neither the bounds nor the attack decided. Shares of the jobs that have a result.
     """
     series: defaultdict[str, defaultdict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     norms = {record.params.get("norm", "inf") for record in records}
@@ -378,46 +378,45 @@ def plot(records: list[Record]) -> Figure:
         if len(norms) > 1:
             name += f", l_{record.params.get('norm', 'inf')}"
         series[name][float(record.params["radius"])].append(record)
-    lines: list[Any] = []
-    counts: list[Panel] = []
-    for name, by_radius in sorted(series.items()):
-        radii = sorted(by_radius)
-        shares = {radius: _shares(by_radius[radius]) for radius in radii}
-        prefix = f"{name}: " if len(series) > 1 else ""
-        for label, dashed in (("clean", True), ("not falsified", False), ("certified", False)):
-            drawn: list[Any] = [radius for radius in radii if shares[radius] is not None]
-            heights: list[Any] = [share[label] for radius in drawn if (share := shares[radius]) is not None]
-            if drawn:
-                lines.append(Line(x=drawn, y=heights, label=prefix + label, points=True, dashed=dashed))
-        places: list[Any] = [f"{radius:g}" for radius in radii]
-        tallies = [Counter(_verdict(record) for record in by_radius[radius]) for radius in radii]
-        counts.append(
+    curves = {name: curve for name, by_radius in series.items() if (curve := _curve(by_radius))["x"]}
+    x = Axis(label="radius" if len(norms) != 1 else f"l_{next(iter(norms))} radius", low=0)
+    y = Axis(label="share of images", low=0, high=1, percent=True)
+    if len(curves) <= _PANELS:
+        panels = [Panel(title=name, x=x, y=y, marks=_marks(curve)) for name, curve in curves.items()]
+    else:
+        panels = [
             Panel(
-                title=f"Verdicts: {name}",
-                x=Axis(label="radius", scale="category"),
-                y=Axis(label="jobs", low=0),
-                marks=[
-                    Bars(x=places, y=[tally[verdict] for tally in tallies], label=verdict, stacked=True)
-                    for verdict in ("certified", "unknown", "falsified", _MISSING)
-                    if any(tally[verdict] for tally in tallies)
-                ],
+                title=label,
+                x=x,
+                y=y,
+                marks=[Line(x=curve["x"], y=curve[label], label=name) for name, curve in curves.items()],
             )
-        )
-    accuracy = Panel(
-        title="Accuracy under perturbation",
-        x=Axis(label="radius" if len(norms) != 1 else f"l_{next(iter(norms))} radius", low=0),
-        y=Axis(label="share of images", low=0, high=1, percent=True),
-        marks=lines,
-    )
+            for label in ("certified", "not falsified")
+        ]
     missing = sum(record.result is None for record in records)
-    caption = f"{len(records)} jobs"
+    caption = f"{len(records):,} jobs"
     if missing:
-        caption += f", {missing} of them without a result: not in the shares"
-    return Figure(title="Certified robustness", caption=caption, panels=[accuracy, *counts])
+        caption += f", {missing:,} of them without a result: not in the shares"
+    caption += ". Robust accuracy lies in the shade: above what is certified, below what no attack has falsified."
+    return Figure(
+        title="Certified robustness", caption=caption, panels=panels or [Panel(x=x, y=y, marks=[])], columns=3
+    )
 
 
-def _verdict(record: Record) -> str:
-    return record.result["verdict"] if record.result is not None else _MISSING
+def _curve(by_radius: Mapping[float, list[Record]]) -> dict[str, list[Any]]:
+    """x: the radii that have results; and for each of them the three shares."""
+    shares = {radius: share for radius in sorted(by_radius) if (share := _shares(by_radius[radius])) is not None}
+    labels = ("clean", "not falsified", "certified")
+    return {"x": list(shares)} | {label: [share[label] for share in shares.values()] for label in labels}
+
+
+def _marks(curve: Mapping[str, list[Any]]) -> list[Any]:
+    x, upper, lower = curve["x"], curve["not falsified"], curve["certified"]
+    return [
+        Line(x=x, y=curve["clean"], label="clean", dashed=True),
+        Line(x=x, y=upper, label="not falsified", points=True),
+        Line(x=x, y=lower, label="certified", points=True, low=lower, high=upper),
+    ]
 
 
 def _shares(records: list[Record]) -> dict[str, float] | None:

@@ -11,4 +11,4 @@ down_revision = None
 
 
 def upgrade() -> None:
-    tables.metadata.create_all(op.get_bind())
+    tables.create(op.get_bind())

@@ -1,0 +1,7 @@
+"""The errors that are for the person at the keyboard."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Its message says what happened, why, and what to try: it is shown as it is, without a traceback."""
