@@ -69,7 +69,9 @@ else:
 
     RecipeRef = _reference("recipe", description="a recipe: how to build and train a network")
 
-DatasetName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", description="a dataset bundled with scikit-learn, e.g. digits")]
+DatasetName = Annotated[
+    str, Field(pattern=r"^[a-z0-9_]+$", description="a dataset bundled with scikit-learn, e.g. digits")
+]
 
 
 def _to_array(value: Any) -> Any:

@@ -174,7 +174,9 @@ class Method:
         if not (module.__doc__ or "").strip():
             missing.insert(0, "a docstring")
         if missing:
-            raise TypeError(f"{name} ({module.__file__}) is not a method: it lacks {', '.join(missing)}; see netassay/method.py")
+            raise TypeError(
+                f"{name} ({module.__file__}) is not a method: it lacks {', '.join(missing)}; see netassay/method.py"
+            )
         return cls(
             name=name,
             module=module,

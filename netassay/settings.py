@@ -19,7 +19,9 @@ class Settings(BaseSettings):
     artifacts: Path | None = Field(default=None, description="folder of the artifacts; empty: in the home folder")
     methods: str = Field(default="", description=f"folders of your own methods, separated by '{os.pathsep}'")
     slots: int = Field(default=0, ge=0, description="compute children of a worker; 0: one per core")
-    lost_after: float = Field(default=10.0, gt=0, description="seconds without a sign of life after which a worker is lost")
+    lost_after: float = Field(
+        default=10.0, gt=0, description="seconds without a sign of life after which a worker is lost"
+    )
     memory: int = Field(default=0, ge=0, description="bytes all slots of a worker may use; 0: 0.8 x the host's")
 
     @property

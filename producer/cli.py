@@ -95,7 +95,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -164,7 +166,9 @@ def status(as_json: AsJson = False) -> None:
     from producer.show import batch_line
 
     if described:
-        print(f"lab up in {config.root} (process {described['pid']}), {described['slots']} slots; {described['flower']}")
+        print(
+            f"lab up in {config.root} (process {described['pid']}), {described['slots']} slots; {described['flower']}"
+        )
         for name, times in described.get("restarts", {}).items():
             print(f"  {name} was started again {times} times; see {config.root / 'logs' / name}.log")
     else:
@@ -279,7 +283,9 @@ def submit(
     name: Annotated[str, typer.Option(help="Name of the batch; else the sweep's own, else the file's.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show what would run, store nothing.")] = False,
     weight: Annotated[float, typer.Option(help="Share of the slots against other batches.", min=0.001, max=1000)] = 1.0,
-    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave bad rows out instead of refusing all.")] = False,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave bad rows out instead of refusing all.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit a sweep as a batch. When this returns, no crash loses a job."""
@@ -299,7 +305,9 @@ def submit(
     if as_json:
         from dataclasses import asdict
 
-        _print_json({**asdict(outcome), "seconds": seconds, "refused": prepared.refused, "duplicates": prepared.duplicates})
+        _print_json(
+            {**asdict(outcome), "seconds": seconds, "refused": prepared.refused, "duplicates": prepared.duplicates}
+        )
         return
     _report_left_out(prepared)
     if outcome.already:
@@ -308,7 +316,9 @@ def submit(
     else:
         known = f", {outcome.known:,} known from before" if outcome.known else ""
         rerun = f" ({outcome.rerun:,} of them run again)" if outcome.rerun else ""
-        print(f"batch {outcome.name}: {outcome.size:,} jobs, {outcome.new:,} new{known}{rerun}; stored in {seconds:.1f} s")
+        print(
+            f"batch {outcome.name}: {outcome.size:,} jobs, {outcome.new:,} new{known}{rerun}; stored in {seconds:.1f} s"
+        )
     from producer import lab
 
     if not config.broker and not lab.Place(config.root).described():

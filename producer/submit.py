@@ -11,7 +11,9 @@ from producer import sweeps
 from producer.references import Resolver
 
 
-def prepare(path: Path, config: Settings, skip_invalid: bool = False) -> tuple[sweeps.Document, sweeps.Prepared, Resolver]:
+def prepare(
+    path: Path, config: Settings, skip_invalid: bool = False
+) -> tuple[sweeps.Document, sweeps.Prepared, Resolver]:
     """Read and check a sweep. Stores nothing. Raises BadSweep with every error in it."""
     document = sweeps.read(path)
     resolver = Resolver(document.base, document.networks, Artifacts(config.artifacts_folder))

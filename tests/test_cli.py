@@ -22,7 +22,11 @@ def cli(tmp_path: Path) -> Cli:
 
     def call(*words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "producer.cli", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [sys.executable, "-m", "producer.cli", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         if code is not None:
             assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"

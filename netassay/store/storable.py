@@ -71,7 +71,9 @@ def _plain(value: Any, path: str) -> Any:
         return [_plain(item, f"{path}.{place}") for place, item in enumerate(value)]
     if hasattr(value, "__array__") and hasattr(value, "dtype"):
         return _dump_array(np.asarray(value), path)
-    raise Unstorable(f"{path or 'the result'} holds a {type(value).__name__}, which cannot be stored; return plain numbers, text or arrays")
+    raise Unstorable(
+        f"{path or 'the result'} holds a {type(value).__name__}, which cannot be stored; return plain numbers, text or arrays"
+    )
 
 
 def _dump_array(array: Any, path: str) -> Any:

@@ -1,0 +1,107 @@
+"""What the README says can be done, done as it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from netassay import networks
+from producer import sweeps
+from producer.references import Resolver
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_method_is_listed_runs_and_is_drawn(tmp_path: Path) -> None:
+    path, source = re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", README, re.DOTALL)[0]
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(source)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NETASSAY_")}
+    environment["NETASSAY_METHODS"] = "my_methods"
+    program = (
+        "import json, pathlib\n"
+        "from netassay import catalogue\n"
+        "from netassay.job import Record\n"
+        "from producer import drawing, references, sweeps\n"
+        "method = catalogue.get('weights.small_share')\n"
+        "resolver = references.in_process()\n"
+        "prepared = sweeps.prepare(sweeps.document(method.example, pathlib.Path('.')), resolver)\n"
+        "segment = prepared.segments[-1]\n"
+        "records = []\n"
+        "for place, text in enumerate(segment.params):\n"
+        "    result = method.run(method.Params.model_validate_json(text))\n"
+        "    records.append(Record(place, '', method.name, 1, json.loads(text), 'done', dict(result), names=prepared.names))\n"
+        "shares = [record.result['share'] for record in records]\n"
+        "assert shares == sorted(shares) and 0 < shares[0] < shares[-1] < 1, shares\n"
+        "drawing.draw(method.plot(records), 'figure.svg')\n"
+    )
+    listed = subprocess.run(
+        [sys.executable, "-m", "producer.cli", "methods", "weights"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "Share of a network's weights that are nearly zero." in listed.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_the_sweep_it_shows_can_be_prepared(tmp_path: Path, artifacts: object) -> None:
+    text = next(found for found in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    (tmp_path / "nets").mkdir()
+    network = networks.resolve(_reference({"dataset": "digits", "epochs": 1}))
+    shutil.copy(_artifact(network), tmp_path / "nets" / "controller.onnx")
+    document = sweeps.parse(text, tmp_path)
+    prepared = sweeps.prepare(document, Resolver(tmp_path, document.networks))
+    assert prepared.count == 2 * 2 * 100 + 1
+    assert set(prepared.names.values()) == {"certified", "mine"}
+
+
+def _reference(recipe: dict[str, object]) -> str:
+    from netassay.networks import recipes
+
+    return recipes.reference(recipes.Recipe.parse(recipe))
+
+
+def _artifact(reference: str) -> Path:
+    from netassay.store import artifacts
+
+    return artifacts.current().path(reference)
+
+
+def test_every_verb_it_uses_exists() -> None:
+    from typer.main import get_command
+
+    from producer.cli import app
+
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    used = {*re.findall(r"^netassay ([a-z]+)", shell, re.MULTILINE), *re.findall(r"`netassay ([a-z]+)", README)}
+    verbs = set(get_command(app).commands)  # type: ignore[attr-defined]
+    assert {"up", "submit", "watch", "results", "plot", "down"} <= used
+    assert used <= verbs, f"not a verb: {used - verbs}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/operations.md", "docs/measurements.md"])
+def test_no_link_is_broken(name: str) -> None:
+    folder = (ROOT / name).parent
+    text = (ROOT / name).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert not [link for link in links if not (folder / link).exists()]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_sweep_is_valid(path: Path, artifacts: object) -> None:
+    document = sweeps.read(path)
+    prepared = sweeps.prepare(document, Resolver(document.base, document.networks))
+    rows = sum(entry.rows for entry in document.jobs)
+    assert prepared.count >= rows > 0
+    assert yaml.safe_load(path.read_text())["name"]
