@@ -368,7 +368,7 @@ def watch(
     timeout: Annotated[float | None, typer.Option(help="Stop watching after so many seconds.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a batch's progress until it is over. Exit code 1 if jobs failed, 3 if it was cancelled."""
+    """Show a batch's progress until it is over or paused. Exit code 1 unless all is done, 3 if it was cancelled."""
     from netassay.store import reading
     from producer import show
 
@@ -376,7 +376,7 @@ def watch(
     if as_json:
         last = reading.progress(database, batch)
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        while not last.over and time.monotonic() < deadline:
+        while not last.resting and time.monotonic() < deadline:
             time.sleep(0.2)
             last = reading.progress(database, batch)
         _print_json(last.as_dict())
@@ -386,6 +386,8 @@ def watch(
         for group in reading.failures(database, batch):
             print(f"  {group.jobs:,} failed with cause {group.cause}, e.g. {group.example_key[:12]}: "
                   f"{group.example.partition(chr(10))[0][:200]}")  # fmt: skip
+        if last.state == "paused":
+            print(f"go on with: netassay resume {batch}")
         if last.failed:
             print(f"logs of one: netassay logs KEY; once mended: netassay retry {batch}")
     raise typer.Exit(3 if last.state == "cancelled" else int(last.failed > 0 or not last.over))

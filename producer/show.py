@@ -72,7 +72,7 @@ def batch_line(batch: Progress) -> str:
 
 
 def watch(database: Database, name: str, timeout: float | None = None) -> Progress:
-    """Show a batch's progress until it is over or `timeout` seconds have passed. Returns how it stood last."""
+    """Show a batch's progress until it is over, or paused, or `timeout` seconds have passed. Returns how it stood last."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
@@ -100,7 +100,7 @@ def watch(database: Database, name: str, timeout: float | None = None) -> Progre
             note += f", [red]{batch.failed:,} failed[/red]" if batch.failed else ""
             note += f" [yellow]{batch.state}[/yellow]" if batch.state in ("paused", "cancelled") else ""
             bars.update(bar, completed=batch.ended, note=note)
-            if batch.over or (timeout is not None and passed > timeout):
+            if batch.resting or (timeout is not None and passed > timeout):
                 return batch
             time.sleep(0.1 if passed < 5 else 0.3)
             try:

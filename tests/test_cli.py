@@ -48,7 +48,8 @@ BAD = {
     ),
     "unknown field": ("jobs: {method: diagnostics.echo, params: {value: 1, valeu: 2}}", ["valeu"]),
     "out of range names row and field": (
-        "jobs: {method: verification.certify, params: {network: {dataset: digits}, index: 0}, grid: {radius: [0.1, -1]}}",
+        "jobs: {method: verification.certify, params: {network: {dataset: digits}, index: 0},"
+        " grid: {radius: [0.1, -1]}}",
         ["row 2", "radius is -1", "at least 0"],
     ),
     "NaN": (
@@ -56,7 +57,8 @@ BAD = {
         ["row 1", "radius is nan"],
     ),
     "index outside the data": (
-        "jobs: {method: verification.certify, params: {network: {dataset: digits}, radius: 0.1}, grid: {index: [3, 599]}}",
+        "jobs: {method: verification.certify, params: {network: {dataset: digits}, radius: 0.1},"
+        " grid: {index: [3, 599]}}",
         ["row 2", "index 599", "0..598"],
     ),
     "missing file": (

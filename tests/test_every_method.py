@@ -8,6 +8,7 @@ relative to its largest number; of a number, relative or absolute; default 1e-9)
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,18 @@ NAMES = catalogue.names()
 QUESTIONS = {"reference", "deterministic", "grouping"}
 # Enough jobs to see groups differ, few enough that hundreds of methods stay testable.
 JOBS = 4
+ADVICE = (
+    "If results may differ now, raise VERSION in its module; if only its "
+    "EXAMPLE changed, or it is new, that is fine. Then run: python tests/golden/regenerate.py"
+)
 REGENERATE = Path(__file__).parent / "golden" / "regenerate.py"
 
 every_method = pytest.mark.parametrize("name", NAMES)
+
+
+def methods_that(may: Callable[[Method], bool]) -> pytest.MarkDecorator:
+    """The question is asked of these methods only."""
+    return pytest.mark.parametrize("name", [name for name in NAMES if may(catalogue.get(name))])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -257,22 +267,37 @@ def test_example_runs_in_seconds_and_its_results_are_storable(name: str) -> None
         assert storable.dump(storable.load(text)) == text
 
 
-@every_method
+@methods_that(lambda method: not exempt(method, "deterministic"))
 def test_the_same_params_give_the_same_result(name: str) -> None:
     method = catalogue.get(name)
-    if exempt(method, "deterministic"):
-        pytest.skip(method.module.EXEMPT["deterministic"])
     params = examples(name)[0][0]
     assert storable.dump(stored(end_of(method, params))) == storable.dump(stored(ends(name)[0][0]))
 
 
-@every_method
+@methods_that(lambda method: not exempt(method, "deterministic"))
+def test_the_golden_result_of_the_example_stands(name: str) -> None:
+    """To 1e-6, or to the module's `GOLDEN_TOLERANCE` where training or chaos magnifies the last bit of a processor."""
+    method = catalogue.get(name)
+    kept = json.loads((REGENERATE.parent / "results.json").read_text())
+    if name not in kept:
+        assert all(isinstance(end, Failure) for end in ends(name)[0]), f"{name} has no golden result; {ADVICE}"
+        return
+    spec = importlib.util.spec_from_file_location("regenerate", REGENERATE)
+    assert spec is not None
+    assert spec.loader is not None
+    golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden)
+    end = method.run(method.Params.model_validate_json(kept[name]["params"]))
+    wrong = differences(
+        kept[name]["result"], golden.outline(stored(end)), getattr(method.module, "GOLDEN_TOLERANCE", 1e-6)
+    )
+    assert not wrong, f"{name}: {'; '.join(wrong)}. {ADVICE}"
+
+
+@methods_that(lambda method: method.run_many is not None and not exempt(method, "grouping"))
 def test_results_do_not_depend_on_order_or_grouping(name: str) -> None:
     method = catalogue.get(name)
-    if method.run_many is None:
-        pytest.skip("runs its jobs one by one")
-    if exempt(method, "grouping"):
-        pytest.skip(method.module.EXEMPT["grouping"])
+    assert method.run_many is not None
     tolerance = getattr(method.module, "TOLERANCE", 1e-9)
     many = examples(name)[0]
     alone = [stored(end) for end in ends(name)[0]]
@@ -291,11 +316,10 @@ def test_results_do_not_depend_on_order_or_grouping(name: str) -> None:
 # --- its plot ---------------------------------------------------------------------------------------------------------
 
 
-@every_method
+@methods_that(lambda method: method.plot is not None)
 def test_plot_is_plain_data_of_any_records(name: str) -> None:
     method = catalogue.get(name)
-    if method.plot is None:
-        pytest.skip("has no plot")
+    assert method.plot is not None
     made = records(name)
     failed = Record(
         id=99, key="0" * 32, method=name, version=method.version, params=made[0].params, state="failed", cause="time",

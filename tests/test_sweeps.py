@@ -291,8 +291,6 @@ def test_bad_rows_are_refused_by_field_value_and_remedy(entry: str, expected: st
 
 
 def test_an_index_outside_the_data_names_its_row() -> None:
-    if "verification.certify" not in catalogue.names():
-        pytest.skip("needs verification.certify")
     message = refusal(
         "jobs: {method: verification.certify, params: {network: {seed: 0}, radius: 0.1}, grid: {index: [5, 100000]}}"
     )

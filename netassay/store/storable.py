@@ -3,7 +3,8 @@
 JSON knows neither NaN nor arrays, and PostgreSQL's text knows no NUL, so:
 
 * NaN and infinities become `{"float": "nan" | "inf" | "-inf"}`;
-* control characters and lone surrogates in text are escaped as `\\xNN` / `\\uNNNN`, text above 64 KiB is cut, and says so;
+* control characters and lone surrogates in text are escaped as `\\xNN` / `\\uNNNN`, text above 64 KiB is cut and
+  says so;
 * a numeric array becomes `{"array": reference, "dtype": ..., "shape": [...]}`, kept as an artifact (.npy) above 64 KiB,
   else `{"array": base64 of its bytes in C order, "dtype": ..., "shape": [...]}`.
 """
@@ -72,7 +73,8 @@ def _plain(value: Any, path: str) -> Any:
     if hasattr(value, "__array__") and hasattr(value, "dtype"):
         return _dump_array(np.asarray(value), path)
     raise Unstorable(
-        f"{path or 'the result'} holds a {type(value).__name__}, which cannot be stored; return plain numbers, text or arrays"
+        f"{path or 'the result'} holds a {type(value).__name__}, which cannot be stored; "
+        "return plain numbers, text or arrays"
     )
 
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from netassay.job import Record
 
 VERSION = 1
+#: Near a fractal edge the last bit of a processor's arithmetic decides a pixel.
+GOLDEN_TOLERANCE = 0.05
 
 #: Losses at the end whose mean is held against the first one; the paper's rule.
 TAIL = 20

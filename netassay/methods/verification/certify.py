@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from netassay.job import Record
 
 VERSION = 1
+#: Of a trained network: training magnifies the last bit of a processor's arithmetic.
+GOLDEN_TOLERANCE = 0.05
 
 Verdict = Literal["certified", "falsified", "unknown"]
 
