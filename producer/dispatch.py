@@ -157,7 +157,7 @@ class Dispatcher:
         Only time between two looks in quick succession counts: if we could not read, or were ourselves asleep, we do
         not know what they did meanwhile.
         """
-        passed = now - self._looked if 0 <= self._looked and now - self._looked < 2.0 else 0.0
+        passed = now - self._looked if self._looked >= 0 and now - self._looked < 2.0 else 0.0
         changed = False
         self._workers = {worker.id: self._workers.get(worker.id, Sighting(-1)) for worker in workers}
         for worker in workers:

@@ -21,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import psutil
 
 from netassay.errors import UserError
 from netassay.settings import Settings, settings
@@ -35,6 +37,8 @@ LONGEST_PAUSE = 30.0
 END_SECONDS = 15.0
 #: What all services may take to answer after a start on a busy machine.
 READY_SECONDS = 90.0
+#: Whoever looks whether the lock is held holds it for an instant; a lab that starts waits for that.
+LOCK_SECONDS = 1.0
 
 
 class LabError(UserError):
@@ -94,12 +98,36 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds the lock file."""
     try:
         with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
+
+
+def take_lock(path: Path) -> BinaryIO | None:
+    """Hold the lock file until it is closed; None where another process holds it."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        file = open(path, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, path):
+                return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                return None
+        file.close()  # somebody was only looking, or its holder removed it while it ended
+        time.sleep(0.02)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @dataclass
@@ -132,7 +160,9 @@ class Service:
         if not self.due:
             self.pause = 0.5 if now - self.started > SETTLED_SECONDS else min(2 * self.pause, LONGEST_PAUSE)
             self.due = now + self.pause
-            print(f"{self.name} ended with {self.process.returncode}; starting it again in {self.pause:.1f} s", flush=True)
+            print(
+                f"{self.name} ended with {self.process.returncode}; starting it again in {self.pause:.1f} s", flush=True
+            )
         elif now >= self.due:
             self.due = 0.0
             self.restarts += 1
@@ -163,16 +193,19 @@ class Lab:
         """Hold the lock, keep the services running until SIGTERM."""
         place = Place(self.config.root)
         place.logs.mkdir(parents=True, exist_ok=True)
-        with open(place.lock, "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("a lab runs here already", file=sys.stderr)
-                return 3
+        lock = take_lock(place.lock)
+        if lock is None:
+            print("a lab runs here already", file=sys.stderr)
+            return 3
+        with lock:
+            place.description.unlink(missing_ok=True)  # of one that was killed: its numbers may be others' by now
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: setattr(self, "stopping", True))
             try:
                 self._run(place)
+            except LabError as error:
+                print(error, file=sys.stderr)
+                return 1
             finally:
                 for service in reversed(self.services):  # the worker first: it still needs Redis
                     service.end()
@@ -185,13 +218,7 @@ class Lab:
         broker = self.config.broker
         if not broker:
             broker = self._private_redis(place)
-        environment = {
-            **os.environ,
-            "NETASSAY_HOME": str(self.config.root),
-            "NETASSAY_BROKER": broker,
-            "NETASSAY_STORE": self.config.store_url,
-            "NETASSAY_ARTIFACTS": str(self.config.artifacts_folder),
-        }
+        environment = {**os.environ, **environment_of(self.config), "NETASSAY_BROKER": broker}
         celery = [sys.executable, "-m", "celery", "--app", "worker.app", "--quiet"]
         services = {"dispatcher": [sys.executable, "-m", "producer.dispatch"]}
         port = 0
@@ -200,7 +227,8 @@ class Lab:
             services["flower"] = [*celery, "flower", "--address=127.0.0.1", f"--port={port}", "--persistent=False"]
         services["worker"] = [
             *celery, "worker", "--pool", "threads", "--concurrency", str(self.slots), "--without-gossip",
-            "--without-mingle", "--loglevel", "WARNING", "--hostname", f"worker-{os.getpid()}@%h", "--queues", "netassay",
+            "--without-mingle", "--loglevel", "WARNING", "--hostname", f"worker-{os.getpid()}@%h",
+            "--queues", "netassay",
         ]  # fmt: skip
         for name, command in services.items():
             self.services.append(Service(name, command, environment, place.logs / f"{name}.log"))
@@ -238,7 +266,10 @@ class Lab:
             raise LabError(f"{runtime} belongs to another user; set XDG_RUNTIME_DIR to a folder of your own")
         path = runtime / "redis.sock"
         if len(str(path).encode()) > SOCKET_PATH_BYTES:
-            raise LabError(f"the socket path {path} is too long for a unix socket; set XDG_RUNTIME_DIR to a shorter folder")
+            raise LabError(
+                f"the socket path {path} is too long for a unix socket; set XDG_RUNTIME_DIR to a shorter folder"
+            )
+        path.unlink(missing_ok=True)  # of a Redis that was killed: below, its being there means that ours has come up
         data = place.home / "redis"
         data.mkdir(parents=True, exist_ok=True)
         command = [
@@ -267,6 +298,20 @@ def _await(condition: Callable[[], Any], seconds: float, complaint: Callable[[],
         time.sleep(0.05)
 
 
+def environment_of(config: Settings) -> dict[str, str]:
+    """The settings as variables: what a service started with them, wherever it runs, takes for its own."""
+    return {
+        "NETASSAY_HOME": str(config.root),
+        "NETASSAY_BROKER": config.broker,
+        "NETASSAY_STORE": config.store_url,
+        "NETASSAY_ARTIFACTS": str(config.artifacts_folder),
+        "NETASSAY_METHODS": config.methods,
+        "NETASSAY_SLOTS": str(config.slots),
+        "NETASSAY_LOST_AFTER": str(config.lost_after),
+        "NETASSAY_MEMORY": str(config.memory),
+    }
+
+
 def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
     """Start the lab in the background and wait until its worker has signed on. Returns its description.
 
@@ -293,7 +338,7 @@ def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "NETASSAY_HOME": str(config.root)},
+            env={**os.environ, **environment_of(config)},
         )
 
     def ready() -> bool:
@@ -320,10 +365,18 @@ def down(config: Settings) -> bool:
     if not described:
         return False
     pid = int(described["pid"])
-    os.kill(pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
     waiting = 3 * END_SECONDS
-    _await(lambda: not is_locked(place.lock), waiting, lambda: f"the lab (process {pid}) does not end; kill -9 {pid}")
+    _await(lambda: not _runs(pid), waiting, lambda: f"the lab (process {pid}) does not end; kill -9 {pid}")
     return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @contextlib.contextmanager

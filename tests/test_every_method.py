@@ -287,6 +287,7 @@ def test_the_golden_result_of_the_example_stands(name: str) -> None:
     assert spec.loader is not None
     golden = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(golden)
+    examples(name)  # keeps the recipes that the params refer to
     end = method.run(method.Params.model_validate_json(kept[name]["params"]))
     wrong = differences(
         kept[name]["result"], golden.outline(stored(end)), getattr(method.module, "GOLDEN_TOLERANCE", 1e-6)

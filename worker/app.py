@@ -6,16 +6,22 @@ NETASSAY_BROKER, NETASSAY_STORE and NETASSAY_ARTIFACTS set.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import structlog
 from celery import Celery, signals
+from celery.exceptions import SecurityWarning
 
 from netassay.settings import settings
 from worker.supervisor import Supervisor
 
 #: Also in `producer.dispatch`, which sends by name: the two packages do not import each other.
 TASK, QUEUE = "netassay.run_chunk", "netassay"
+
+# To root it speaks of the dangers of pickle, which is not accepted here.
+warnings.filterwarnings("ignore", category=SecurityWarning)
 
 app = Celery("netassay", broker=settings().broker)
 app.conf.update(
@@ -31,10 +37,12 @@ app.conf.update(
     # A chunk taken ahead by a busy worker would wait there while another is idle.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
+    worker_enable_prefetch_count_reduction=False,  # after a lost connection; for late acknowledgement
     worker_send_task_events=True,  # for Flower; they are per chunk
     worker_enable_remote_control=True,
     worker_hijack_root_logger=False,
-    worker_cancel_long_running_tasks_on_connection_loss=False,
+    # It is about late acknowledgement, which is off; as a default it fills the log with a warning of its own change.
+    worker_cancel_long_running_tasks_on_connection_loss=True,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     broker_pool_acquire_timeout=30,
@@ -69,8 +77,14 @@ def _start(sender: Any = None, **_: Any) -> None:
         ]
     )
     concurrency = sender.concurrency if sender is not None else 1
-    _supervisor = Supervisor(settings(), int(concurrency))
-    _supervisor.start()
+    try:
+        supervisor = Supervisor(settings(), int(concurrency))
+        supervisor.start()
+    except Exception as error:
+        # Celery only notes what a signal's receiver raises, and would go on to take messages that nobody can run.
+        print(f"the worker cannot start: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+    _supervisor = supervisor
 
 
 @signals.worker_shutting_down.connect

@@ -3,18 +3,20 @@
 Protocol, one JSON text a line. In:
 
     {"prepare": {"libraries": [...], "artifacts": folder, "threads": 1}}
-    {"method": name, "version": n, "given": {recipe: network}, "memory": bytes a job or null,
-     "groups": [[[job id, canonical params], ...], ...]}
+    {"method": name, "version": n, "given": {recipe: network},
+     "groups": [{"memory": bytes, "jobs": [[job id, canonical params], ...]}, ...]}
 
 Out, for each group, in order: `[[job id, state, cause, message, result JSON or null, seconds], ...]`; after `prepare`:
-`{"ready": {...provenance...}}`. Standard output and error of the jobs go to the log pipe, never into the protocol.
+`{"ready": {...provenance...}}`. The state `apart` says that the jobs of the group broke down together and are to be
+asked for one by one. Standard output and error of the jobs go to the log pipe, never into the protocol; their input is
+empty.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
+import faulthandler
 import importlib
 import json
 import os
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from netassay import catalogue
@@ -39,13 +42,35 @@ def main() -> None:
     """Serve until the input ends. File descriptors: 0 jobs in, the number in argv[1] results out, 1 and 2 the log."""
     _die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor
-    out = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8", buffering=1)
-    for line in sys.stdin:
+    _leave_words()
+    jobs, out = _pipes(int(sys.argv[1]))
+    for line in jobs:
         request = json.loads(line)
         if "prepare" in request:
             _prepare(request["prepare"], out)
         else:
             _serve(request, out)
+
+
+def _pipes(results: int) -> tuple[TextIO, TextIO]:
+    """The protocol on descriptors of its own: a job that reads standard input finds it empty, and a program that a job
+    starts inherits neither end."""
+    jobs = os.dup(0)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    os.set_inheritable(results, False)
+    return os.fdopen(jobs, encoding="utf-8"), os.fdopen(results, "w", encoding="utf-8", buffering=1)
+
+
+def _leave_words() -> None:
+    """Whatever ends this process, what a job printed and where it was stays in the log; no core file does."""
+    import resource
+
+    faulthandler.enable()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def _die_with_parent(parent: int) -> None:
@@ -89,35 +114,44 @@ _artifacts: Any = None
 def _serve(request: dict[str, Any], out: TextIO) -> None:
     method = catalogue.get(request["method"])
     for group in request["groups"]:
-        _limit_memory(request["memory"], len(group))
-        results = _run_group(method, request, group)
+        results = _run_group(method, request, group["jobs"], group["memory"])
         out.write(json.dumps(results, separators=(",", ":"), ensure_ascii=True) + "\n")
         out.flush()
+        if any(cause == "memory" for _, _, cause, *_ in results):
+            return  # the supervisor replaces this process; what is begun here now would be begun again
 
 
-def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]]) -> list[list[Any]]:
+def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]], memory: int) -> list[list[Any]]:
     results: dict[int, list[Any]] = {}
     parsed: list[tuple[int, Any]] = []
     for job_id, params_text in group:
         try:
             if method.version != request["version"]:
                 raise RuntimeError(
-                    f"this worker has version {method.version} of {method.name}, the job asks for {request['version']}; "
-                    "install the same netassay on the worker and on the submitting side"
+                    f"this worker has version {method.version} of {method.name}, the job asks for "
+                    f"{request['version']}; install the same netassay on the worker and on the submitting side"
                 )
             parsed.append((job_id, method.Params.model_validate_json(params_text)))
         except Exception as error:
             results[job_id] = _failed(job_id, error, 0.0)
     started = time.perf_counter()
-    ends = _compute(method, [params for _, params in parsed], request["given"]) if parsed else []
+    with _limited(memory):
+        ends = _compute(method, [params for _, params in parsed], request["given"]) if parsed else []
     share = (time.perf_counter() - started) / max(1, len(parsed))
+    if isinstance(ends, Exception):
+        cause = cause_of_exception(ends)
+        return [[job_id, "apart", cause, "", None, share] for job_id, _ in parsed] + list(results.values())
     for (job_id, _), end in zip(parsed, ends, strict=True):
         results[job_id] = _ended(method, job_id, end, share)
     return [results[job_id] for job_id, _ in group]
 
 
-def _compute(method: Method, params: list[Any], given: dict[str, str]) -> list[Any]:
-    """A Result, a Failure or an exception for each."""
+def _compute(method: Method, params: list[Any], given: dict[str, str]) -> list[Any] | Exception:
+    """A Result, a Failure or an exception for each; one exception where the whole call raised.
+
+    To run each by itself then is not done here: it would be a second start that nobody counts, with the time and memory
+    of the first one spent.
+    """
     with contextlib.ExitStack() as stack:
         if given:
             from netassay import networks
@@ -130,10 +164,8 @@ def _compute(method: Method, params: list[Any], given: dict[str, str]) -> list[A
                     raise RuntimeError(f"{method.name}.run_many returned {len(ends)} results for {len(params)} jobs")
                 return list(ends)
             except Exception as error:
-                if cause_of_exception(error) == "memory":
-                    return [error for _ in params]
-                # One bad item must not cost its neighbours: below each runs by itself.
                 traceback.print_exc()
+                return error
         ends = []
         for item in params:
             try:
@@ -176,21 +208,21 @@ def _below(lines: str) -> str:
     return f"\n{lines}" if lines else ""
 
 
-def _limit_memory(bytes_a_job: int | None, jobs: int) -> None:
-    """Let allocations fail beyond what is in use now plus the jobs' own limits."""
-    if bytes_a_job is None or sys.platform != "linux":
+@contextlib.contextmanager
+def _limited(memory: int) -> Iterator[None]:
+    """Let allocations fail beyond what is in use now plus so many bytes; lifted again for dealing with the results."""
+    if sys.platform != "linux":
+        yield
         return
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, hard))
-    if jobs > 1:
-        gc.collect()
-    used = _data_bytes()
-    limit = used + bytes_a_job * jobs + _SLACK
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    limit = _data_bytes() + memory + _SLACK
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def _data_bytes() -> int:

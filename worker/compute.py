@@ -25,7 +25,7 @@ _TICK = 0.1
 #: How often it looks at the memory of the child; quick groups are over before, and RLIMIT_DATA holds meanwhile.
 _LOOK = 0.25
 #: What a child may take to end after it has closed its end of the results.
-_END_SECONDS = 5.0
+_END_SECONDS = 2.0
 #: Settings that hold addresses and passwords; a child gets neither.
 _PRIVATE = ("NETASSAY_BROKER", "NETASSAY_STORE")
 
@@ -33,12 +33,17 @@ _PRIVATE = ("NETASSAY_BROKER", "NETASSAY_STORE")
 class ChildDied(Exception):
     """The child ended, or was killed, in the middle of something. cause as in `netassay.job.CAUSES`.
 
-    code: its exit status as `subprocess` gives it; None where the supervisor killed it because of a limit.
+    code: its exit status as `subprocess` gives it; None where the supervisor killed it.
     """
 
     def __init__(self, cause: str, message: str, log: str, code: int | None = None) -> None:
         super().__init__(message)
         self.cause, self.message, self.log, self.code = cause, message, log, code
+
+    @property
+    def limited(self) -> bool:
+        """The supervisor killed it because it was beyond a limit."""
+        return self.code is None and self.cause in ("time", "memory")
 
 
 class Stopped(Exception):
@@ -94,7 +99,7 @@ class Child:
         self.base = resident(self.process.pid)
 
     def send(self, request: dict[str, Any]) -> None:
-        """Give it work. What the pipe does not take now is sent by `line`, so a child that does not read holds nobody up."""
+        """Give it work. What the pipe does not take now is sent by `line`: one that does not read holds nobody up."""
         self._drain_log()
         self._tail.clear()  # what earlier jobs said is not these jobs' log
         if not self._unsent:

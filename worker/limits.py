@@ -75,7 +75,10 @@ def cause_of_exception(error: BaseException) -> str:
         "can't allocate memory" in words or "cannot allocate memory" in words or "not enough memory" in words
     ):
         return "memory"
-    if isinstance(error, FloatingPointError | ZeroDivisionError | OverflowError) or type(error).__name__ == "LinAlgError":
+    if (
+        isinstance(error, FloatingPointError | ZeroDivisionError | OverflowError)
+        or type(error).__name__ == "LinAlgError"
+    ):
         return "numerical"
     return "error"
 

@@ -27,6 +27,7 @@ from typing import Any
 import structlog
 
 from netassay import __version__, faults
+from netassay.method import TIME_FACTOR
 from netassay.settings import Settings
 from netassay.store import running, storable
 from netassay.store.database import Database, Outage
@@ -45,14 +46,17 @@ AHEAD_SECONDS = 0.25
 RENEW_SECONDS = 1.0
 #: After SIGTERM, a running group may take this long before its child is killed and its jobs go back.
 GRACE_SECONDS = 5.0
+#: How often a child may be killed from outside while it imports, before the jobs are told that none can be had.
+PREPARATIONS = 3
 
 
 @dataclass
 class Work:
-    """Jobs to run in one call; fresh: in a child that has run nothing before."""
+    """Jobs to run in one call; fresh: in a child that has run nothing before; apart: their group broke down."""
 
     tasks: list[Task]
     fresh: bool = False
+    apart: bool = False
 
 
 @dataclass
@@ -122,7 +126,9 @@ class Slot:
                 running.finish(database, worker_id, claim, outcomes, provenance, seconds)
                 return
             except Outage as error:
-                log.warning("store_out", chunk=claim.chunk_id, held=len(outcomes), error=str(error.orig), again_in=pause)
+                log.warning(
+                    "store_out", chunk=claim.chunk_id, held=len(outcomes), error=str(error.orig), again_in=pause
+                )
                 time.sleep(pause)
                 pause = min(2 * pause, 5.0)
 
@@ -131,7 +137,10 @@ class Slot:
         deaths = {task.id: task.deaths for task in claim.tasks}
         budget = time.monotonic() + BUDGET_SECONDS
         while queue:
-            if self.stop or self.supervisor.stopping or time.monotonic() > budget:
+            if self.stop or self.supervisor.stopping:
+                return
+            # Given back, these would be put together again, break down again, and so on for ever.
+            if time.monotonic() > budget and not queue[0].apart:
                 return
             if deaths[queue[0].tasks[0].id] >= MOST_STARTS:
                 task = queue.popleft().tasks[0]
@@ -153,7 +162,10 @@ class Slot:
         plain = [task for task in claim.tasks if not task.suspect]
         size = max(1, claim.group_size)
         groups = [Work(plain[start : start + size]) for start in range(0, len(plain), size)]
-        return deque(groups + [Work([task], fresh=True) for task in claim.tasks if task.suspect])
+        # Each alone, and in a fresh child if one died of it; not all its mates too: importing torch takes seconds.
+        suspect = [task for task in claim.tasks if task.suspect]
+        alone = [Work([task], fresh=place == 0 or task.deaths != 1) for place, task in enumerate(suspect)]
+        return deque(groups + alone)
 
     def _next(self, claim: Claim, queue: deque[Work]) -> list[Work]:
         """The work of the next request: one group, or several quick ones."""
@@ -168,48 +180,36 @@ class Slot:
 
     def _serve(self, claim: Claim, works: list[Work], queue: deque[Work]) -> Iterator[Outcome]:
         """Run groups in the child; what did not get its turn goes back to the head of the queue."""
-        left = deque(works)
+        left, again = deque(works), deque[Work]()
         try:
             try:
-                child = self._child(claim, fresh=works[0].fresh)
+                child = self._fit_child(claim, fresh=works[0].fresh)
             except ChildDied as death:
-                self.child = None
                 left.clear()
                 raise _Unfit(death, [task for work in works for task in work.tasks]) from None
-            memory = claim.memory_limit or self.supervisor.memory
-            child.send(
-                {
-                    "method": claim.method,
-                    "version": claim.version,
-                    "given": claim.given,
-                    "memory": memory,
-                    "groups": [[[task.id, task.params] for task in work.tasks] for work in works],
-                }
-            )
+            limits = [self._limits(claim, len(work.tasks)) for work in works]
+            groups = [
+                {"memory": memory, "jobs": [[task.id, task.params] for task in work.tasks]}
+                for work, (_, memory) in zip(works, limits, strict=True)
+            ]
+            child.send({"method": claim.method, "version": claim.version, "given": claim.given, "groups": groups})
             asked = time.monotonic()
-            while left:
+            for seconds, memory in limits:
                 work = left[0]
                 self.current = tuple(task.id for task in work.tasks)
                 began = time.time()
-                limit = claim.time_limit * len(work.tasks)
                 try:
                     # The child's own RLIMIT_DATA acts first; this one is for what that cannot see, hence later.
-                    held = int(1.1 * memory * len(work.tasks)) + (128 << 20)
-                    line = child.line(time.monotonic() + limit, held, self._must_stop)
+                    held = int(1.1 * memory) + (128 << 20)
+                    line = child.line(time.monotonic() + seconds, held, self._must_stop)
                 except ChildDied as death:
                     left.popleft()
                     raise _Died(work, death, began) from None
                 left.popleft()
                 ended = [Outcome(*values) for values in json.loads(line)]
-                if len(work.tasks) > 1 and any(outcome.cause == "memory" for outcome in ended):
-                    # Together they were too large; alone each may fit.
-                    short = {outcome.job_id for outcome in ended if outcome.cause == "memory"}
-                    left.extendleft(Work([task], fresh=True) for task in reversed(work.tasks) if task.id in short)
-                    ended = [outcome for outcome in ended if outcome.job_id not in short]
-                    yield from ended
-                    self._drop_child()
-                    return
-                yield from ended
+                apart = {outcome.job_id for outcome in ended if len(work.tasks) > 1 and _apart(outcome)}
+                yield from (outcome for outcome in ended if outcome.job_id not in apart)
+                again.extend(Work([task], apart=True) for task in work.tasks if task.id in apart)
                 if any(outcome.cause == "memory" for outcome in ended):
                     self._drop_child()  # whatever an allocation failed in may be half done
                     return
@@ -217,6 +217,37 @@ class Slot:
         finally:
             self.current = ()
             queue.extendleft(reversed(left))
+            queue.extendleft(reversed(again))
+
+    def _limits(self, claim: Claim, jobs: int) -> tuple[float, int]:
+        """Seconds and bytes for one call with so many jobs.
+
+        Those of a group are the sums of its members', as far as that is still a limit: a thousand jobs of a minute each
+        must not hide a hanging one for a day, nor their memory be more than there is. Past them the jobs run one by
+        one, each with its own limits, so a tighter limit of the group costs time but no result.
+        """
+        memory = claim.memory_limit or self.supervisor.memory
+        if jobs == 1:
+            return claim.time_limit, memory
+        expected = TIME_FACTOR * jobs * claim.seconds
+        return (
+            min(jobs * claim.time_limit, max(claim.time_limit, expected)),
+            max(memory, min(jobs * memory, self.supervisor.memory)),
+        )
+
+    def _fit_child(self, claim: Claim, fresh: bool) -> Child:
+        """A child that has imported what the jobs need. Raises ChildDied where none can be had, Stopped."""
+        for tries_left in reversed(range(PREPARATIONS)):
+            try:
+                return self._child(claim, fresh)
+            except ChildDied as death:
+                self.child = None
+                # Killed from outside (by a kernel out of memory, say) while it imported: the next may be luckier.
+                if not tries_left or death.code is None or death.code >= 0:
+                    raise
+            except OSError as error:
+                raise ChildDied("error", f"no process could be started: {error}", "") from error
+        raise AssertionError("unreachable")
 
     def _child(self, claim: Claim, fresh: bool) -> Child:
         if self.child is not None and (fresh or not self.child.alive):
@@ -238,9 +269,7 @@ class Slot:
             return True
         return False
 
-    def _after_death(
-        self, claim: Claim, died: _Died, deaths: dict[int, int], queue: deque[Work]
-    ) -> Iterator[Outcome]:
+    def _after_death(self, claim: Claim, died: _Died, deaths: dict[int, int], queue: deque[Work]) -> Iterator[Outcome]:
         self.child = None
         tasks, death = died.work.tasks, died.death
         log.warning("child_died", chunk=claim.chunk_id, jobs=len(tasks), cause=death.cause, why=death.message)
@@ -256,11 +285,18 @@ class Slot:
         database.persist(3600.0, lambda: running.report_death(database, worker_id, claim, report))
         for task in tasks:
             deaths[task.id] += 1
-        if len(tasks) == 1 and (death.cause in ("time", "memory") or deaths[tasks[0].id] >= MOST_STARTS):
+        # Beyond its own limit it will be again. A SIGKILL from outside is another matter: the kernel, out of memory,
+        # may have picked this process for what others took.
+        if len(tasks) == 1 and (death.limited or deaths[tasks[0].id] >= MOST_STARTS):
             yield Outcome(tasks[0].id, "failed", death.cause, death.message + _last_words(death.log))
             return
         # One after another in a fresh child each time one dies: the culprit shows itself, its mates are done.
         queue.extendleft(Work([task], fresh=place == len(tasks) - 1) for place, task in enumerate(reversed(tasks)))
+
+
+def _apart(outcome: Outcome) -> bool:
+    """Of a group: whether this job is to run by itself, because the call raised or took more memory than it may."""
+    return outcome.state == "apart" or outcome.cause == "memory"
 
 
 def _last_words(text: str) -> str:
@@ -354,6 +390,10 @@ class Supervisor:
                     continue
             except Outage as error:
                 log.warning("store_out", error=str(error.orig))
+                continue
+            except Exception:
+                # Without this thread the worker is soon given up, and works on without knowing it.
+                log.exception("renewal_failed")
                 continue
             for slot in slots:
                 if slot.chunk_id in renewal.cancelled:

@@ -23,7 +23,8 @@ def batch_id_of(database: Database, name: str) -> int:
             text("SELECT name FROM batch WHERE state <> 'arriving' ORDER BY id DESC LIMIT 5")
         ).scalars()
         others = ", ".join(newest)
-    raise NoSuchBatch(f"no batch is called {name!r}" + (f"; the newest are: {others}" if others else "; none was submitted yet"))
+    there = f"the newest are: {others}" if others else "none was submitted yet"
+    raise NoSuchBatch(f"no batch is called {name!r}; {there}")
 
 
 def _move(database: Database, name: str, state: str, allowed: tuple[str, ...], judged: bool = False) -> bool:
@@ -33,7 +34,8 @@ def _move(database: Database, name: str, state: str, allowed: tuple[str, ...], j
         return bool(
             connection.execute(
                 text(
-                    "UPDATE batch SET state = :state, reason = '', judged = CASE WHEN :judged = 1 THEN 1 ELSE judged END"
+                    "UPDATE batch SET state = :state, reason = '',"
+                    " judged = CASE WHEN :judged = 1 THEN 1 ELSE judged END"
                     f" WHERE id = :id AND state IN ({places})"
                 ),
                 {"id": batch_id, "state": state, "judged": int(judged)},

@@ -134,7 +134,9 @@ class Database:
             ) from None
         command.upgrade(config(self), "head")
 
-    def insert(self, connection: Connection, table: str, columns: Sequence[str], rows: list[tuple], ignore: bool = False) -> int:
+    def insert(
+        self, connection: Connection, table: str, columns: Sequence[str], rows: list[tuple], ignore: bool = False
+    ) -> int:
         """Insert many rows in one call; `ignore`: skip those whose primary key exists. Returns how many went in."""
         if not rows:
             return 0

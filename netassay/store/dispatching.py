@@ -158,7 +158,10 @@ def _mark(connection: Connection, chunk_id: int) -> None:
         text("UPDATE lab SET value = value + 1 WHERE name = 'published' RETURNING value")
     ).scalar_one()
     connection.execute(
-        text("UPDATE chunk SET state = 'published', serial = :serial WHERE id = :id AND state IN ('ready', 'published')"),
+        text(
+            "UPDATE chunk SET state = 'published', serial = :serial"
+            " WHERE id = :id AND state IN ('ready', 'published')"
+        ),
         {"serial": serial, "id": chunk_id},
     )
 
@@ -221,8 +224,8 @@ def _count_loss(connection: Connection, worker_id: int, chunk: Row) -> None:
             now = time.time()
             connection.execute(
                 text(
-                    "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone, message,"
-                    " log) VALUES (:job, :chunk, :token, :worker, :now, :now, 'crash', 1, :message, '')"
+                    "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone,"
+                    " message, log) VALUES (:job, :chunk, :token, :worker, :now, :now, 'crash', 1, :message, '')"
                 ),
                 {"job": job_id, "chunk": chunk.id, "token": chunk.token, "worker": worker_id, "now": now,
                  "message": f"the whole worker was lost while this job ran alone, after {losses - 1} such losses"},
@@ -365,7 +368,8 @@ def finish_batches(database: Database) -> None:
         with database.write() as connection:
             connection.execute(
                 text(
-                    f"UPDATE batch SET state = 'finished' WHERE id = :id AND id IN (SELECT b.id FROM batch b WHERE {settled})"
+                    "UPDATE batch SET state = 'finished'"
+                    f" WHERE id = :id AND id IN (SELECT b.id FROM batch b WHERE {settled})"
                 ),
                 {"id": batch_id},
             )

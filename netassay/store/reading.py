@@ -44,6 +44,11 @@ class Progress:
         """Nothing more will happen to it."""
         return self.ended == self.size or (self.state == "cancelled" and not self.running)
 
+    @property
+    def resting(self) -> bool:
+        """Nothing happens to it unless somebody asks: it is over, or paused with nothing running."""
+        return self.over or (self.state == "paused" and not self.running)
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "waiting": self.waiting}
 
@@ -102,7 +107,7 @@ def records(database: Database, name: str) -> Iterator[Record]:
         names: dict[str, str] = dict(
             connection.execute(
                 text("SELECT reference, name FROM reference_name WHERE batch_id = :id"), {"id": batch_id}
-            ).tuples().all()
+            ).all()
         )
         kept = {row.id: json.loads(row.body) for row in connection.execute(text("SELECT id, body FROM provenance"))}
         deaths: dict[int, int] = dict(
@@ -112,7 +117,7 @@ def records(database: Database, name: str) -> Iterator[Record]:
                     " WHERE m.batch_id = :id GROUP BY a.job_id"
                 ),
                 {"id": batch_id},
-            ).tuples().all()
+            ).all()
         )
     start = 0
     while True:
@@ -159,9 +164,11 @@ def failures(database: Database, name: str) -> list[FailureGroup]:
     with database.read() as connection:
         rows = connection.execute(
             text(
-                "SELECT f.cause, f.jobs, j.key, r.message FROM (SELECT r.cause, count(*) AS jobs, min(r.job_id) AS job_id"
-                " FROM membership m JOIN record r ON r.job_id = m.job_id WHERE m.batch_id = :id AND r.state = 'failed'"
-                " GROUP BY r.cause) f JOIN job j ON j.id = f.job_id JOIN record r ON r.job_id = f.job_id ORDER BY f.jobs DESC"
+                "SELECT f.cause, f.jobs, j.key, r.message FROM"
+                " (SELECT r.cause, count(*) AS jobs, min(r.job_id) AS job_id"
+                "  FROM membership m JOIN record r ON r.job_id = m.job_id"
+                "  WHERE m.batch_id = :id AND r.state = 'failed' GROUP BY r.cause) f"
+                " JOIN job j ON j.id = f.job_id JOIN record r ON r.job_id = f.job_id ORDER BY f.jobs DESC"
             ),
             {"id": batch_id},
         )

@@ -52,7 +52,8 @@ def _forget(connection: Connection, places: str) -> int:
         text(
             "UPDATE segment SET waiting = 1 WHERE id IN (SELECT n.segment_id FROM need n"
             f" WHERE n.job_id IN ({places}) OR n.segment_id IN (SELECT s.id FROM segment s JOIN membership m"
-            f" ON m.batch_id = s.batch_id AND m.ordinal >= s.start AND m.ordinal < s.stop WHERE m.job_id IN ({places})))"
+            " ON m.batch_id = s.batch_id AND m.ordinal >= s.start AND m.ordinal < s.stop"
+            f" WHERE m.job_id IN ({places})))"
         )
     )
     return ended

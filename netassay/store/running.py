@@ -182,7 +182,8 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
             return None
         if chunk.serial is not None:
             connection.execute(
-                text("UPDATE lab SET value = :serial WHERE name = 'claimed' AND value < :serial"), {"serial": chunk.serial}
+                text("UPDATE lab SET value = :serial WHERE name = 'claimed' AND value < :serial"),
+                {"serial": chunk.serial},
             )
         # A claim is a sign of life. But once a worker has been declared lost nobody watches it any more: what it took
         # then would never be taken back.
@@ -206,7 +207,8 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
         )
         rows = connection.execute(
             text(
-                "SELECT j.id, j.params FROM membership m JOIN running u ON u.job_id = m.job_id JOIN job j ON j.id = m.job_id"
+                "SELECT j.id, j.params FROM membership m"
+                " JOIN running u ON u.job_id = m.job_id JOIN job j ON j.id = m.job_id"
                 " WHERE m.batch_id = :batch AND m.ordinal >= :start AND m.ordinal < :stop AND u.chunk_id = :chunk"
                 " ORDER BY m.ordinal"
             ),
@@ -248,7 +250,10 @@ def _history(connection: Connection, chunk_id: int) -> tuple[dict[int, int], dic
         {"id": chunk_id},
     )
     losses = connection.execute(
-        text("SELECT w.job_id, w.losses FROM worker_loss w JOIN running u ON u.job_id = w.job_id WHERE u.chunk_id = :id"),
+        text(
+            "SELECT w.job_id, w.losses FROM worker_loss w JOIN running u ON u.job_id = w.job_id"
+            " WHERE u.chunk_id = :id"
+        ),
         {"id": chunk_id},
     )
     return {row[0]: row[1] for row in deaths}, {row[0]: row[1] for row in losses}
@@ -271,7 +276,8 @@ def report_death(database: Database, worker_id: int, claim: Claim, death: Death)
         _fence(connection, claim)
         connection.execute(
             text(
-                "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone, message, log)"
+                "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone,"
+                " message, log)"
                 " VALUES (:job, :chunk, :token, :worker, :started, :ended, :cause, :alone, :message, :log)"
             ),
             [
@@ -377,7 +383,7 @@ def _settle(connection: Connection, claim: Claim) -> None:
                 f" WHERE {within} GROUP BY r.state"
             ),
             place,
-        ).tuples().all()
+        ).all()
     )
     connection.execute(
         text(

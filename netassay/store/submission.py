@@ -134,7 +134,8 @@ def _rival(connection: Connection, name: str, digest: bytes) -> int | None:
 def _again(database: Database, batch_id: int, name: str, size: int) -> Submitted:
     with database.write(durable=True) as connection:
         reopened = connection.execute(
-            text("UPDATE batch SET state = 'open', reason = '' WHERE id = :id AND state = 'cancelled'"), {"id": batch_id}
+            text("UPDATE batch SET state = 'open', reason = '' WHERE id = :id AND state = 'cancelled'"),
+            {"id": batch_id},
         ).rowcount
     return Submitted(batch_id, name, size, new=0, known=size, already=True, reopened=bool(reopened))
 
@@ -263,7 +264,8 @@ def _forget_retryable(database: Database, known: list[int]) -> int:
         with database.write() as connection:
             failed = connection.execute(
                 text(
-                    f"SELECT job_id FROM record WHERE state = 'failed' AND cause NOT IN ({kept}) AND job_id IN ({places})"
+                    f"SELECT job_id FROM record WHERE state = 'failed' AND cause NOT IN ({kept})"
+                    f" AND job_id IN ({places})"
                 )
             ).scalars()
             forgotten += forget_records(connection, list(failed))
@@ -295,7 +297,8 @@ def _segment_rows(
                 builders[recipe_of(params)] = ids[start + offset]
             rows.append(
                 (
-                    batch_id, start, stop, start, method_id, segment.group, segment.seconds, segment.time_limit or time_limit(segment.seconds),
+                    batch_id, start, stop, start, method_id, segment.group, segment.seconds,
+                    segment.time_limit or time_limit(segment.seconds),
                     segment.memory_limit or segment.memory, segment.group_size, " ".join(segment.libraries),
                     int(bool(wanted)),
                 )
@@ -345,7 +348,7 @@ def _count_ended(connection: Connection, batch_id: int) -> None:
                     f" WHERE {within} GROUP BY r.state"
                 ),
                 place,
-            ).tuples().all()
+            ).all()
         )
         if not ended:
             continue

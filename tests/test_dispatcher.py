@@ -1,0 +1,612 @@
+"""The dispatcher keeps Redis small and just, and nothing is lost whatever happens to Redis, workers or itself."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection
+from store_by_hand import (
+    audit,
+    audit_at_rest,
+    done,
+    failed,
+    finish,
+    jobs,
+    jobs_in,
+    new_store,
+    number_of,
+    publish,
+    recount,
+    rows,
+    sign_on,
+    submit,
+)
+
+from netassay import faults
+from netassay.store import control, dispatching, reading, running
+from netassay.store.database import Database
+from netassay.store.running import StaleToken
+from producer.dispatch import CHUNKS_A_SLOT, OVERTAKEN_SECONDS, UNCLAIMED_SECONDS, BrokerDown, Dispatcher
+
+
+@dataclass
+class ListBroker:
+    """A list in memory that can be down, lose a message, or be wiped."""
+
+    messages: deque[dispatching.Message] = field(default_factory=deque)
+    number: int | None = None
+    down: bool = False
+    sent: list[dispatching.Message] = field(default_factory=list)
+    longest: int = 0
+
+    def _answer(self) -> None:
+        if self.down:
+            raise BrokerDown("no route to Redis")
+
+    def send(self, messages: list[dispatching.Message]) -> None:
+        self._answer()
+        self.messages.extend(messages)
+        self.sent += messages
+        self.longest = max(self.longest, len(self.messages))
+
+    def waiting(self) -> int:
+        self._answer()
+        return len(self.messages)
+
+    def remembered(self) -> int | None:
+        self._answer()
+        return self.number
+
+    def remember(self, incarnation: int) -> None:
+        self._answer()
+        self.number = incarnation
+
+    def wipe(self) -> None:
+        self.messages.clear()
+        self.number = None
+
+
+class Lab:
+    """A store, a broker and a clock that only moves when told to; dispatchers and workers are stepped by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = new_store(folder)
+        self.broker = ListBroker()
+        self.now = 1000.0
+        self.dispatcher = self.another_dispatcher()
+
+    def another_dispatcher(self) -> Dispatcher:
+        return Dispatcher(self.database, self.broker, clock=lambda: self.now)
+
+    def one_pass(self) -> bool:
+        return self.dispatcher.one_pass()
+
+    def settle(self, passes: int = 3) -> None:
+        """Passes without time, until the broker is full."""
+        for _ in range(passes):
+            self.dispatcher.one_pass()
+
+    def wait(self, seconds: float, *alive: int, step: float = 0.5) -> None:
+        """Let time pass, the dispatcher looking on, these workers renewing."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(self.now + step, end)
+            for worker in alive:
+                running.renew(self.database, worker, {})
+            self.dispatcher.one_pass()
+
+    def pop(self, worker: int) -> running.Claim | None:
+        return running.claim(self.database, worker, self.broker.messages.popleft().chunk_id)
+
+    def work(self, worker: int, most: int = 10**9) -> list[int]:
+        """Take and run what the broker holds. Returns the numbers of the jobs."""
+        ran: list[int] = []
+        while self.broker.messages and most > 0:
+            most -= 1
+            claim = self.pop(worker)
+            if claim is not None:
+                ran += [number_of(task) for task in claim.tasks]
+                finish(self.database, worker, claim)
+        return ran
+
+    def run_dry(self, *workers: int) -> list[int]:
+        """Dispatch and run until everything open is finished."""
+        ran: list[int] = []
+        for _ in range(400):
+            self.now += 1.0
+            for worker in workers:
+                running.renew(self.database, worker, {})
+            self.dispatcher.one_pass()
+            ran += self.work(workers[0])
+            if all(seen.state != "open" for seen in reading.batches(self.database)):
+                audit_at_rest(self.database)
+                return ran
+        raise AssertionError(f"never finished: {reading.batches(self.database)}")
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)
+
+
+def sizes(lab: Lab) -> list[int]:
+    """Jobs of each message sent, in order."""
+    found = dict(rows(lab.database, "SELECT id, stop - start FROM chunk"))
+    return [found[message.chunk_id] for message in lab.broker.sent]
+
+
+# What is published, and when
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_never_more_than_two_chunks_a_slot_are_published(lab: Lab, slots: int) -> None:
+    worker = sign_on(lab.database, slots=slots)
+    submit(lab.database, "a", jobs(range(200), seconds=0.5))
+    submit(lab.database, "b", jobs(range(200, 260), seconds=0.5))
+    ran = []
+    for _ in range(30):
+        lab.now += 0.1
+        lab.one_pass()
+        lab.one_pass()
+        ((published,),) = rows(lab.database, "SELECT count(*) FROM chunk WHERE state = 'published'")
+        assert published <= CHUNKS_A_SLOT * slots
+        ran += lab.work(worker, most=1)
+    assert lab.broker.longest == CHUNKS_A_SLOT * slots
+    assert len(ran) > 30
+    audit(lab.database)
+
+
+def test_two_dispatchers_at_once_do_not_exceed_the_bound(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    sign_on(lab.database, slots=2)
+    lab.settle()
+    submit(lab.database, "a", jobs(range(100), seconds=2.0))
+    rival = Dispatcher(Database(str(lab.database.url)), lab.broker, clock=lambda: lab.now)
+    read = dispatching.open_batches
+
+    def overtaken_by_the_rival(connection: Connection) -> list[dispatching.OpenBatch]:
+        found = read(connection)
+        monkeypatch.setattr(dispatching, "open_batches", read)
+        assert rival.one_pass()
+        return found
+
+    monkeypatch.setattr(dispatching, "open_batches", overtaken_by_the_rival)
+    lab.one_pass()
+    assert len(lab.broker.sent) == CHUNKS_A_SLOT * 2
+    assert rows(lab.database, "SELECT count(*) FROM chunk WHERE state = 'published'") == [(CHUNKS_A_SLOT * 2,)]
+
+
+def test_with_no_worker_yet_little_is_published(lab: Lab) -> None:
+    submit(lab.database, "a", jobs(range(100), seconds=2.0))
+    lab.settle()
+    assert len(lab.broker.sent) == CHUNKS_A_SLOT
+
+
+def test_the_first_job_of_each_segment_goes_alone_and_first(lab: Lab) -> None:
+    sign_on(lab.database, slots=4)
+    submit(
+        lab.database,
+        "a",
+        jobs(range(50), group="f.onnx"),
+        jobs(range(50, 90), group="g.onnx"),
+        jobs(range(90, 95), method="lipschitz.local_bound"),
+    )
+    lab.settle()
+    assert [message.label for message in lab.broker.sent[:4]] == [
+        "a / diagnostics.echo on f.onnx / 0..0",
+        "a / diagnostics.echo on g.onnx / 50..50",
+        "a / lipschitz.local_bound / 90..90",
+        lab.broker.sent[3].label,
+    ]
+    assert sizes(lab)[:3] == [1, 1, 1]
+    assert sizes(lab)[3] > 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "group_size", "expected"),
+    [(0.01, 1, 200), (0.01, 64, 192), (0.5, 1, 4), (0.5, 64, 4), (3.0, 1, 1), (1e-9, 1, dispatching.CHUNK_JOBS)],
+)
+def test_a_chunk_takes_two_seconds_and_holds_whole_groups(
+    lab: Lab, seconds: float, group_size: int, expected: int
+) -> None:
+    sign_on(lab.database, slots=2)
+    count = min(40_000, 10 * expected + 100) if seconds > 1e-6 else 20_001
+    submit(lab.database, "a", jobs(range(count), seconds=seconds, group_size=group_size))
+    lab.settle()
+    assert sizes(lab)[:3] == [1, expected, expected if seconds > 1e-6 else 10_000]
+    assert lab.broker.sent[1].seconds == pytest.approx(expected * seconds)
+
+
+def test_measured_timings_replace_the_hint_in_this_batch_and_the_next(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(1000), seconds=2.0))
+    submit(lab.database, "b", jobs(range(1000, 1500), seconds=2.0))
+    (message,) = publish(lab.database, most=1)
+    claim = running.claim(lab.database, worker, message.chunk_id)
+    assert claim is not None
+    running.finish(lab.database, worker, claim, [done(task) for task in claim.tasks], seconds_a_job=0.1)
+
+    messages = publish(lab.database, slots=2)
+
+    chunk = dict(rows(lab.database, "SELECT id, stop - start FROM chunk"))
+    of = {name: [chunk[m.chunk_id] for m in messages if m.label.startswith(name)] for name in ("a", "b")}
+    assert of["a"][0] == 20
+    assert of["b"][:2] == [1, 20]
+
+
+def test_a_given_back_range_that_proved_slow_is_cut_smaller(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(101), seconds=0.02))
+    for message in publish(lab.database, most=2):
+        claim = running.claim(lab.database, worker, message.chunk_id)
+        assert claim is not None
+        running.finish(lab.database, worker, claim, [done(task) for task in claim.tasks[:1]], seconds_a_job=1.0)
+    messages = publish(lab.database)
+    assert {message.seconds for message in messages} <= {1.0, 2.0}
+    audit(lab.database)
+    assert jobs_in(lab.database, "published") == 99
+
+
+@pytest.mark.parametrize("slots", [3, 8])
+def test_the_end_of_a_segment_is_dealt_out_evenly(lab: Lab, slots: int) -> None:
+    count = 301
+    submit(lab.database, "a", jobs(range(count), seconds=0.1))
+    messages = publish(lab.database, slots=slots)
+    cut = dict(rows(lab.database, "SELECT id, stop - start FROM chunk"))
+    dealt = [cut[message.chunk_id] for message in messages]
+    assert sum(dealt) == count
+    left = count
+    for size in dealt[1:]:
+        left -= 1 if left == count else 0
+        assert size <= 20
+        if left <= 20 * slots and left > 2:  # below 0.2 s there is nothing to share
+            assert size <= -(-left // slots), "one slot works while the others idle"
+        left -= size
+
+
+def test_the_end_of_a_grouped_segment_keeps_whole_groups_where_all_slots_stay_busy(lab: Lab) -> None:
+    submit(lab.database, "a", jobs(range(1 + 16 * 12), seconds=0.1, group_size=16))
+    messages = publish(lab.database, slots=4)
+    cut = dict(rows(lab.database, "SELECT id, stop - start FROM chunk"))
+    dealt = [cut[message.chunk_id] for message in messages]
+    whole = [size for size in dealt[1:] if size == 16]
+    assert len(whole) >= 8
+    assert sum(dealt) == 193
+    assert all(size <= 16 for size in dealt)
+
+
+def test_shares_follow_the_weights(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    weights = {"light": 1.0, "middle": 2.0, "heavy": 5.0}
+    for place, (name, weight) in enumerate(weights.items()):
+        # The chunks differ in jobs, by method timing, but the share is one of time.
+        numbers = range(2000 * place, 2000 * place + 600)
+        submit(lab.database, name, jobs(numbers, method=f"m.{name}", seconds=1.0 / (1 + place)), weight=weight)
+    for _ in range(160):
+        lab.one_pass()
+        lab.work(worker, most=1)
+    seconds = Counter()
+    for message in lab.broker.sent:
+        seconds[message.label.split(" /")[0]] += message.seconds
+    total, all_weights = sum(seconds.values()), sum(weights.values())
+    for name, weight in weights.items():
+        assert seconds[name] / total == pytest.approx(weight / all_weights, rel=0.1)
+
+
+def test_ten_jobs_behind_a_huge_batch_are_served_within_four_chunks(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "huge", jobs(range(5000), seconds=0.5))
+    for _ in range(60):
+        lab.one_pass()
+        lab.work(worker, most=1)
+    submit(lab.database, "small", jobs(range(10_000, 10_010), seconds=0.01))
+    before = len(lab.broker.sent)
+    while sum(message.label.startswith("small") for message in lab.broker.sent) < 1:
+        assert len(lab.broker.sent) - before < 4
+        lab.work(worker, most=1)
+        lab.one_pass()
+    for _ in range(8):
+        lab.work(worker, most=1)
+        lab.one_pass()
+    assert recount(lab.database, "small") == (10, 0, 0)
+    # And it was not given all the time before it came, either.
+    after = [message.label.split(" /")[0] for message in lab.broker.sent[before:]]
+    assert after.count("huge") >= after.count("small")
+
+
+def test_a_paused_batch_gives_its_place_to_the_others(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(100), seconds=1.0))
+    submit(lab.database, "b", jobs(range(100, 200), seconds=1.0))
+    lab.settle()
+    control.pause(lab.database, "a")
+    before = len(lab.broker.sent)
+    for _ in range(20):
+        lab.work(worker, most=1)
+        lab.one_pass()
+    assert {message.label[0] for message in lab.broker.sent[before:]} == {"b"}
+    ((started,),) = rows(
+        lab.database,
+        "SELECT count(*) FROM chunk c JOIN batch b ON b.id = c.batch_id"
+        " WHERE b.name = 'a' AND c.state IN ('claimed', 'finished')",
+    )
+    assert started == 0
+
+
+# Housekeeping
+
+
+def test_hopeless_and_finished_batches_are_noticed_within_a_second(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "bad", jobs(range(30), seconds=2.0))
+    submit(lab.database, "good", jobs(range(50, 55)))
+    for _ in range(40):
+        lab.now += 0.5
+        running.renew(lab.database, worker, {})
+        lab.one_pass()
+        while lab.broker.messages:
+            claim = lab.pop(worker)
+            if claim is not None:
+                finish(lab.database, worker, claim, lambda t: failed("error")(t) if number_of(t) < 50 else done(t))
+    assert reading.progress(lab.database, "bad").state == "paused"
+    assert (
+        20 <= reading.progress(lab.database, "bad").failed <= 20 + 3 * CHUNKS_A_SLOT
+    )  # what a second of passes brings
+    assert rows(lab.database, "SELECT state FROM batch WHERE name = 'good'") == [("finished",)]
+
+
+def test_a_blocked_chunk_runs_when_the_other_batch_is_done_with_its_jobs(lab: Lab) -> None:
+    one, other = sign_on(lab.database, "one"), sign_on(lab.database, "other")
+    submit(lab.database, "a", jobs([1]))
+    submit(lab.database, "b", jobs([1]))
+    lab.settle()
+    held = lab.pop(one)
+    assert held is not None
+    assert lab.work(other) == []
+    lab.wait(3.0, one, other)
+    assert not lab.broker.messages
+    finish(lab.database, one, held)
+    assert lab.run_dry(other, one) == []
+    assert recount(lab.database, "b") == (1, 0, 0)
+
+
+# What gets lost
+
+
+def test_a_lost_message_that_was_overtaken_is_published_again(lab: Lab) -> None:
+    worker = sign_on(lab.database, slots=2)
+    submit(lab.database, "a", jobs(range(4), seconds=2.0))
+    lab.settle()
+    lost = lab.broker.messages.popleft()
+    lab.work(worker, most=1)  # overtakes it
+
+    lab.wait(OVERTAKEN_SECONDS, worker)
+    assert lab.broker.sent.count(lost) == 1
+    lab.wait(0.6, worker)
+    assert lab.broker.sent.count(lost) == 2
+    assert sorted(lab.run_dry(worker)) == [0, 2, 3]
+
+
+def test_the_last_message_if_lost_is_published_again_once_the_list_is_empty(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(2), seconds=2.0))
+    lab.settle()
+    lost = lab.broker.messages.pop()
+    kept = lab.broker.messages.popleft()
+    lab.broker.messages.append(kept)
+
+    lab.wait(2 * UNCLAIMED_SECONDS, worker)
+    assert lab.broker.sent.count(lost) == 1, "the list is not empty: it may be in it"
+    lab.broker.messages.clear()  # both are lost now
+    lab.wait(0.5, worker)
+    assert (lab.broker.sent.count(kept), lab.broker.sent.count(lost)) == (2, 2)
+    assert sorted(lab.run_dry(worker)) == [0, 1]
+
+
+def test_unclaimed_messages_are_not_published_again_while_there_is_no_worker(lab: Lab) -> None:
+    submit(lab.database, "a", jobs(range(5), seconds=2.0))
+    lab.settle()
+    lab.broker.messages.clear()
+    lab.wait(60.0)
+    assert len(lab.broker.sent) == CHUNKS_A_SLOT
+    assert sorted(lab.run_dry(sign_on(lab.database))) == list(range(5))
+
+
+def test_a_doubled_message_runs_once(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(6), seconds=1.0))
+    ran = []
+    for _ in range(10):
+        lab.one_pass()
+        lab.broker.messages.extend(list(lab.broker.messages))
+        ran += lab.work(worker)
+    assert sorted(ran) == list(range(6))
+    audit_at_rest(lab.database)
+
+
+def test_after_a_wipe_of_redis_everything_published_is_published_again(lab: Lab) -> None:
+    worker = sign_on(lab.database, slots=2)
+    submit(lab.database, "a", jobs(range(20), seconds=2.0))
+    lab.settle()
+    first = [message.chunk_id for message in lab.broker.sent]
+    lab.broker.wipe()
+
+    lab.settle()
+
+    assert sorted(message.chunk_id for message in lab.broker.sent[len(first) :]) == sorted(first)
+    assert lab.broker.remembered() == rows(lab.database, "SELECT value FROM lab WHERE name = 'incarnation'")[0][0]
+    lab.settle()
+    assert len(lab.broker.sent) == 2 * len(first), "once is enough"
+    assert sorted(lab.run_dry(worker)) == list(range(20))
+
+
+def test_while_redis_is_down_nothing_is_lost(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(8), seconds=1.0))
+    lab.settle()
+    lab.broker.down = True
+    assert lab.work(worker)
+    for _ in range(10):
+        lab.now += 1.0
+        with pytest.raises(BrokerDown):
+            lab.one_pass()
+        running.renew(lab.database, worker, {})
+    submit(lab.database, "b", jobs(range(8, 12)))  # submission does not need Redis
+
+    lab.broker.down = False
+    lab.run_dry(worker)
+    assert (recount(lab.database, "a"), recount(lab.database, "b")) == ((8, 0, 0), (4, 0, 0))
+
+
+def test_a_broker_that_fails_in_the_middle_of_a_send_is_tried_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(8), seconds=1.0))
+    lab.settle()
+    lab.work(worker)
+
+    def half(messages: list[dispatching.Message]) -> None:
+        lab.broker.messages.append(messages[0])
+        raise BrokerDown("connection reset")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lab.broker, "send", half)
+        with pytest.raises(BrokerDown):
+            lab.one_pass()
+    audit(lab.database)
+    assert rows(lab.database, "SELECT count(*) FROM chunk WHERE state = 'published'") == [(0,)]
+    lab.run_dry(worker)
+    assert recount(lab.database, "a") == (8, 0, 0)
+
+
+@pytest.mark.parametrize("point", ["dispatch.marked", "dispatch.sent"])
+def test_a_dispatcher_that_dies_at_a_crash_point_loses_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    class Died(BaseException):
+        pass
+
+    def reach(here: str) -> None:
+        if here == point:
+            raise Died
+
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(12), seconds=1.0))
+    ran = []
+    for _ in range(4):
+        with monkeypatch.context() as patched:
+            patched.setattr(faults, "reach", reach)
+            for _ in range(3):  # the pass that finds Redis empty publishes nothing
+                try:
+                    lab.one_pass()
+                except Died:
+                    break
+        ran += lab.work(worker)
+        lab.dispatcher = lab.another_dispatcher()
+        lab.now += 1.0
+    assert bool(lab.broker.sent) is (point == "dispatch.sent")
+    ran += lab.run_dry(worker)
+    assert sorted(ran) == list(range(12))
+
+
+def test_two_dispatchers_in_turn_publish_nothing_twice_and_lose_nothing(lab: Lab) -> None:
+    worker = sign_on(lab.database, slots=2)
+    submit(lab.database, "a", jobs(range(40), seconds=1.0))
+    one, other = lab.dispatcher, lab.another_dispatcher()
+    ran = []
+    for turn in range(120):
+        lab.now += 0.2
+        running.renew(lab.database, worker, {})
+        lab.dispatcher = (one, other)[turn % 2]
+        lab.one_pass()
+        ran += lab.work(worker, most=turn % 3)
+    assert sorted(ran) == list(range(40))
+    assert max(Counter(message.chunk_id for message in lab.broker.sent).values()) == 1
+    assert rows(lab.database, "SELECT state FROM batch") == [("finished",)]
+    audit_at_rest(lab.database)
+
+
+# Lost workers
+
+
+def test_a_worker_whose_counter_stands_still_for_ten_seconds_is_lost(lab: Lab) -> None:
+    dead, other = sign_on(lab.database, "dead"), sign_on(lab.database, "other")
+    submit(lab.database, "a", jobs(range(3), seconds=2.0))
+    lab.settle()
+    stale = lab.pop(dead)
+    assert stale is not None
+
+    lab.wait(10.0, other)
+    assert [seen.name for seen in reading.workers(lab.database)] == ["dead", "other"]
+    lab.wait(1.0, other)
+    assert [seen.name for seen in reading.workers(lab.database)] == ["other"]
+    audit(lab.database)
+
+    ran = lab.run_dry(other)
+    assert sorted(ran) == [0, 1, 2]
+    with pytest.raises(StaleToken):
+        finish(lab.database, dead, stale, failed("error"))
+    assert recount(lab.database, "a") == (3, 0, 0)
+
+
+def test_a_worker_that_renews_is_never_lost_however_long_its_job(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs([1], seconds=300.0))
+    lab.settle()
+    claim = lab.pop(worker)
+    assert claim is not None
+    lab.wait(300.0, worker, step=1.0)
+    finish(lab.database, worker, claim)
+    assert recount(lab.database, "a") == (1, 0, 0)
+
+
+def test_a_dispatcher_that_slept_blames_no_worker(lab: Lab) -> None:
+    sign_on(lab.database)
+    lab.settle()
+    for _ in range(20):
+        lab.now += 60.0  # suspended in between, and the worker perhaps with it
+        lab.one_pass()
+    assert len(reading.workers(lab.database)) == 1
+    lab.wait(11.0)
+    assert reading.workers(lab.database) == []
+
+
+def test_a_dispatcher_that_could_not_read_blames_no_worker(lab: Lab) -> None:
+    sign_on(lab.database)
+    lab.wait(8.0)
+    lab.now += 30.0  # passes that raised an outage at their first read: they saw nothing
+    lab.wait(1.5)
+    assert len(reading.workers(lab.database)) == 1
+    lab.wait(2.0)
+    assert reading.workers(lab.database) == []
+
+
+def test_time_is_counted_once_while_redis_is_down(lab: Lab) -> None:
+    sign_on(lab.database)
+    lab.settle()
+    lab.broker.down = True
+    for _ in range(18):
+        lab.now += 0.5
+        with pytest.raises(BrokerDown):
+            lab.one_pass()
+    assert len(reading.workers(lab.database)) == 1  # 9 s
+    for _ in range(4):
+        lab.now += 0.5
+        with pytest.raises(BrokerDown):
+            lab.one_pass()
+    assert reading.workers(lab.database) == []  # 11 s: workers are watched without Redis, too
+
+
+def test_only_the_reconciler_brings_back_what_was_lost(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "guarded", lambda guard: guard != "reconciler")
+    submit(lab.database, "a", jobs(range(2), seconds=2.0))
+    dead, other = sign_on(lab.database, "dead"), sign_on(lab.database, "other")
+    lab.settle()
+    assert lab.pop(dead) is not None
+    lab.broker.messages.clear()
+    lab.wait(60.0, other)
+    assert not lab.broker.messages
+
+    monkeypatch.undo()
+    assert sorted(lab.run_dry(other)) == [0, 1]

@@ -1,0 +1,894 @@
+"""The store keeps its promises: submission, claims, counters, caching, needs, losses, reading, schema."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, event, inspect, text
+from store_by_hand import (
+    audit,
+    audit_at_rest,
+    builder,
+    done,
+    drain,
+    failed,
+    finish,
+    jobs,
+    jobs_in,
+    new_store,
+    number_of,
+    publish,
+    recount,
+    rows,
+    sign_on,
+    submit,
+    take,
+)
+
+from netassay.job import CAUSES, DETERMINISTIC
+from netassay.store import control, dispatching, reading, running, submission, tables
+from netassay.store.database import SCHEMA, Database, StoreError
+from netassay.store.running import Claim, Death, Outcome, StaleToken, Task
+from netassay.store.submission import NameTaken
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return new_store(tmp_path)
+
+
+@pytest.fixture
+def worker(database: Database) -> int:
+    return sign_on(database)
+
+
+def in_process(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Python in a process of its own, with the helpers of these tests at hand."""
+    here = Path(__file__).parent
+    return subprocess.Popen(
+        [sys.executable, "-c", "from store_by_hand import *\nimport sys\n" + script, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def claim_of(database: Database, worker: int, chunk_id: int) -> Claim:
+    claim = running.claim(database, worker, chunk_id)
+    assert claim is not None
+    return claim
+
+
+# Submission
+
+
+def test_the_same_batch_again_adds_nothing(database: Database) -> None:
+    first = submit(database, "a", jobs(range(25)))
+    again = submit(database, "a", jobs(range(25)))
+
+    assert (first.new, first.known, first.already) == (25, 0, False)
+    assert (again.batch_id, again.new, again.already) == (first.batch_id, 0, True)
+    assert rows(database, "SELECT count(*) FROM job") == [(25,)]
+    assert rows(database, "SELECT count(*) FROM membership") == [(25,)]
+    assert len(reading.batches(database)) == 1
+
+
+def test_one_name_cannot_hold_other_jobs(database: Database) -> None:
+    submit(database, "a", jobs(range(25)))
+
+    with pytest.raises(NameTaken, match=r"'a' exists and holds other jobs \(25\).*another --name"):
+        submit(database, "a", jobs(range(26)))
+    with pytest.raises(NameTaken):
+        submit(database, "a", jobs(reversed(range(25))))  # order is part of a batch
+
+    assert rows(database, "SELECT name, state, size FROM batch") == [("a", "open", 25)]
+
+
+def test_a_name_taken_while_the_batch_arrives_is_refused_and_swept_up(database: Database) -> None:
+    rival = Database(database.url.render_as_string(hide_password=False))
+
+    def at_the_end(share: float) -> None:
+        if share == 0.75:
+            submit(rival, "a", jobs(range(5)))
+
+    with pytest.raises(NameTaken):
+        submission.submit(database, "a", [jobs(range(9))], {}, progress=at_the_end)
+
+    assert rows(database, "SELECT name, state, size FROM batch") == [("a", "open", 5)]
+    assert rows(database, "SELECT count(*) FROM membership") == [(5,)]
+
+
+def test_two_names_share_the_rows_of_their_common_jobs(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(10)))
+    other = submit(database, "b", jobs(range(5, 15)))
+
+    assert (other.new, other.known) == (5, 5)
+    assert rows(database, "SELECT count(*) FROM job") == [(15,)]
+    assert len(drain(database, worker)) == 15
+    audit_at_rest(database)
+    assert {seen.state for seen in reading.batches(database)} == {"finished"}
+
+
+def test_two_processes_that_submit_one_batch_at_once_make_one(database: Database) -> None:
+    script = """
+from pathlib import Path
+database = Database(sys.argv[1])
+Path(sys.argv[2]).touch()
+import time
+while not Path(sys.argv[3]).exists():
+    time.sleep(0.001)
+outcome = submit(database, "bulk", jobs(range(20_000)))
+print(outcome.already, outcome.new)
+"""
+    folder = Path(database.url.database or "").parent
+    url = database.url.render_as_string(hide_password=False)
+    ready, start = [folder / "ready-0", folder / "ready-1"], folder / "go"
+    processes = [in_process(script, url, str(flag), str(start)) for flag in ready]
+    deadline = time.monotonic() + 60
+    while not all(flag.exists() for flag in ready):
+        assert time.monotonic() < deadline, "the submitters did not start"
+        time.sleep(0.01)
+    start.touch()
+    said = sorted(process.communicate(timeout=120)[0].split() for process in processes)
+
+    assert [process.returncode for process in processes] == [0, 0]
+    assert [words[0] for words in said] == ["False", "True"]
+    assert rows(database, "SELECT name, state, size FROM batch") == [("bulk", "open", 20_000)]
+    assert rows(database, "SELECT count(*), count(DISTINCT job_id) FROM membership") == [(20_000, 20_000)]
+    assert rows(database, "SELECT count(*), count(DISTINCT key) FROM job") == [(20_000, 20_000)]
+    assert rows(database, "SELECT count(*) FROM job j JOIN job_key k ON k.job_id = j.id AND k.key = j.key") == [
+        (20_000,)
+    ]
+    audit(database)
+
+
+@pytest.mark.parametrize("point", ["submit.arriving", "submit.opened"])
+def test_a_submission_killed_at_a_crash_point_is_all_or_nothing(database: Database, worker: int, point: str) -> None:
+    url = database.url.render_as_string(hide_password=False)
+    process = in_process(
+        "submit(Database(sys.argv[1]), 'a', jobs(range(30)))\nprint('returned')", url, NETASSAY_CRASH_AT=point
+    )
+    assert process.communicate(timeout=60)[0] == ""
+    assert process.returncode == -9
+
+    visible = [(seen.name, seen.size) for seen in reading.batches(database)]
+    assert visible == ([] if point == "submit.arriving" else [("a", 30)])
+    assert bool(publish(database)) is (point == "submit.opened")
+
+    again = submit(database, "a", jobs(range(30)))
+    assert (again.already, again.new, again.known) == (point == "submit.opened", 0, 30)
+    with database.write() as connection:
+        dispatching.new_incarnation(connection)  # forget the publication above
+    assert len(drain(database, worker)) == 30
+    audit_at_rest(database)
+
+
+def test_a_submission_that_breaks_off_anywhere_leaves_nothing_visible_and_can_be_repeated(tmp_path: Path) -> None:
+    class Cut(Exception):
+        pass
+
+    stages: list[float] = []
+    submission.submit(new_store(tmp_path), "whole", [jobs(range(40))], {}, progress=stages.append)
+    assert len(stages) >= 4
+    for stage in range(len(stages)):
+        folder = tmp_path / str(stage)
+        folder.mkdir()
+        database, calls = new_store(folder), iter(range(len(stages)))
+
+        def cut(_: float, calls: object = calls, stage: int = stage) -> None:
+            if next(calls) == stage:  # type: ignore[call-overload]
+                raise Cut
+
+        with pytest.raises(Cut):
+            submission.submit(database, "a", [jobs(range(40))], {}, progress=cut)
+        assert reading.batches(database) == []
+        assert publish(database) == []
+        submit(database, "a", jobs(range(40)))
+        assert len(drain(database, sign_on(database))) == 40
+        assert rows(database, "SELECT count(*), count(DISTINCT job_id) FROM job_key") == [(40, 40)]
+        audit_at_rest(database)
+
+
+def test_jobs_that_ended_before_are_counted_at_submission_and_not_sent_around(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(10)))
+    drain(database, worker)
+
+    submit(database, "b", jobs(range(10)))
+    submit(database, "c", jobs(range(5, 13)))
+
+    assert reading.progress(database, "b").state == "finished"
+    assert recount(database, "c") == (5, 0, 0)
+    assert reading.progress(database, "c").done == 5
+    audit(database)
+    messages = publish(database)
+    claims = [claim_of(database, worker, message.chunk_id) for message in messages]
+    assert sorted(number_of(task) for claim in claims for task in claim.tasks) == [10, 11, 12]
+
+
+def test_a_submission_is_synced_to_disk_before_it_returns(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite in WAL mode survives a power cut only from the last commit under synchronous = FULL (2)."""
+    levels: list[tuple[str, int]] = []
+
+    def watch(connection: Connection) -> None:
+        states = connection.execute(text("SELECT state FROM batch")).scalars()
+        levels.append((",".join(states), connection.execute(text("PRAGMA synchronous")).scalar_one()))
+
+    event.listen(database.engine, "commit", watch)
+    submit(database, "a", jobs(range(3)))
+
+    assert {level for state, level in levels if state != "open"} == {1}
+    assert levels[-1] == ("open", 2)
+    with database.write():
+        pass
+    assert levels[-1] == ("open", 1)
+
+
+# Caching
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_new_submission_reruns_exactly_the_failures_that_may_pass(
+    database: Database, worker: int, cause: str
+) -> None:
+    submit(database, "a", jobs(range(6)))
+    drain(database, worker, lambda task: failed(cause)(task) if number_of(task) < 4 else done(task))
+    assert recount(database, "a") == (2, 0, 4)
+
+    again = submit(database, "b", jobs(range(6)))
+
+    kept = cause in DETERMINISTIC
+    assert again.rerun == (0 if kept else 4)
+    audit(database)
+    assert reading.progress(database, "b").failed == (4 if kept else 0)
+    # The other batch that holds these jobs counts them as open again, too.
+    assert reading.progress(database, "a").state == ("finished" if kept else "open")
+    assert len(drain(database, worker)) == (0 if kept else 4)
+    assert recount(database, "a") == recount(database, "b") == ((2, 0, 4) if kept else (6, 0, 0))
+    audit_at_rest(database)
+
+
+def test_done_and_not_applicable_are_never_run_again(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(4)))
+    drain(
+        database,
+        worker,
+        lambda task: Outcome(task.id, "not_applicable", message="no inputs") if number_of(task) == 3 else done(task),
+    )
+
+    assert submit(database, "b", jobs(range(4))).rerun == 0
+    assert control.retry(database, "a") == 0
+    assert drain(database, worker) == []
+    assert recount(database, "b") == (3, 1, 0)
+    audit_at_rest(database)
+
+
+# Claims, tokens, what two batches share
+
+
+def test_of_many_threads_that_claim_one_chunk_one_wins(database: Database) -> None:
+    submit(database, "a", jobs(range(60), seconds=0.5))
+    claimants = [sign_on(database, f"w{place}") for place in range(4)]
+    for message in publish(database)[:6]:
+        won: list[Claim | None] = []
+        together = threading.Barrier(len(claimants))
+
+        def race(worker: int, chunk: int = message.chunk_id, gate: threading.Barrier = together) -> None:
+            gate.wait()
+            won.append(running.claim(database, worker, chunk))  # noqa: B023
+
+        threads = [threading.Thread(target=race, args=(worker,)) for worker in claimants]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(claim is not None for claim in won) == 1
+        assert len(won) == len(claimants)
+    audit(database)
+
+
+def test_a_doubled_message_and_one_of_a_finished_chunk_find_nothing_to_do(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(3)))
+    claim = take(database, worker)
+
+    assert running.claim(database, worker, claim.chunk_id) is None
+    finish(database, worker, claim)
+    assert running.claim(database, worker, claim.chunk_id) is None
+    assert running.claim(database, worker, 10**6) is None
+    audit(database)
+
+
+def test_a_job_of_two_batches_runs_once_at_a_time_and_counts_in_both(database: Database) -> None:
+    first, second = sign_on(database, "w1"), sign_on(database, "w2")
+    submit(database, "a", jobs(range(8), seconds=0.001))
+    submit(database, "b", jobs(range(4, 12), seconds=0.001))
+    messages = publish(database)
+    of_a = [message for message in messages if message.label.startswith("a ")]
+    of_b = [message for message in messages if message.label.startswith("b ")]
+    held = [claim_of(database, first, message.chunk_id) for message in of_a]
+
+    # Meanwhile b runs: it gets only what a does not run, and the rest of its range waits, blocked.
+    got = []
+    for message in of_b:
+        claim = claim_of(database, second, message.chunk_id)
+        got += [number_of(task) for task in claim.tasks]
+        finish(database, second, claim)
+    assert sorted(got) == [8, 9, 10, 11]
+    audit(database)
+    assert jobs_in(database, "blocked") == 4
+    with database.write() as connection:
+        assert dispatching.unblock(connection) == 0  # they still run
+
+    for claim in held:
+        finish(database, first, claim)
+    with database.write() as connection:
+        assert dispatching.unblock(connection) > 0
+    assert drain(database, second) == []  # only counted
+    assert recount(database, "a") == recount(database, "b") == (8, 0, 0)
+    audit_at_rest(database)
+
+
+def test_what_a_worker_does_not_return_goes_back_and_runs_later(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(21), seconds=0.1))
+    drained = take(database, worker)
+    finish(database, worker, drained)  # the first job, alone
+    claim = take(database, worker)
+    assert len(claim.tasks) == 20
+
+    kept = [task for task in claim.tasks if number_of(task) % 3 == 0]
+    running.finish(database, worker, claim, [done(task) for task in kept])
+
+    audit(database)
+    assert recount(database, "a") == (1 + len(kept), 0, 0)
+    assert len(drain(database, worker)) == 20 - len(kept)
+    audit_at_rest(database)
+
+
+def test_a_late_writer_changes_nothing(database: Database) -> None:
+    slow, quick = sign_on(database, "slow"), sign_on(database, "quick")
+    submit(database, "a", jobs([1]))
+    stale = take(database, slow)
+    assert dispatching.reclaim(database, slow, counter=1) == 1  # its claim was its first sign of life
+    before = drain(database, quick)
+    state = rows(database, "SELECT * FROM record"), rows(database, "SELECT * FROM chunk")
+
+    task = stale.tasks[0]
+    with pytest.raises(StaleToken):
+        running.finish(database, slow, stale, [Outcome(task.id, "failed", "error", "late")], seconds_a_job=9.0)
+    with pytest.raises(StaleToken):
+        running.report_death(database, slow, stale, Death((task.id,), 0.0, 1.0, "crash", "late", ""))
+
+    assert before == [task.id]
+    assert state == (rows(database, "SELECT * FROM record"), rows(database, "SELECT * FROM chunk"))
+    assert rows(database, "SELECT count(*) FROM attempt") == [(0,)]
+    audit_at_rest(database)
+
+
+LATE_WRITER = """
+from netassay.store import reading
+database = Database(sys.argv[1])
+slow, quick = sign_on(database, "slow"), sign_on(database, "quick")
+submit(database, "a", jobs([1]))
+stale = take(database, slow)
+dispatching.reclaim(database, slow, counter=1)
+drain(database, quick)
+try:
+    running.finish(database, slow, stale, [Outcome(stale.tasks[0].id, "failed", "error", "late")])
+except running.StaleToken:
+    print("refused", end=" ")
+print(next(reading.records(database, "a")).state)
+"""
+
+
+@pytest.mark.parametrize(("without", "said"), [("", "refused done"), ("fence", "failed")])
+def test_it_is_the_fence_that_stops_a_late_writer(database: Database, without: str, said: str) -> None:
+    url = database.url.render_as_string(hide_password=False)
+    process = in_process(LATE_WRITER, url, NETASSAY_WITHOUT=without)
+    assert process.communicate(timeout=60)[0].strip() == said
+
+
+def test_a_worker_that_was_given_up_gets_no_more_chunks(database: Database) -> None:
+    # Nobody watches it any longer, so what it took now would never be taken back.
+    worker = sign_on(database)
+    submit(database, "a", jobs(range(3)))
+    take(database, worker)
+    dispatching.reclaim(database, worker, counter=1)
+    messages = publish(database)
+
+    assert [running.claim(database, worker, message.chunk_id) for message in messages] == [None] * len(messages)
+    assert running.renew(database, worker, {}).lost
+    assert len(drain(database, sign_on(database, "next"))) == 3
+    audit_at_rest(database)
+
+
+def test_a_worker_that_signs_off_gives_back_what_it_holds(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(3)))
+    claim = take(database, worker)
+
+    running.sign_off(database, worker)
+
+    audit(database)
+    assert [seen.state for seen in reading.workers(database, ("alive", "stopped"))] == ["stopped"]
+    with pytest.raises(StaleToken):
+        finish(database, worker, claim)
+    assert len(drain(database, sign_on(database))) == 3
+    audit_at_rest(database)
+
+
+# Retry
+
+
+def test_retry_by_cause_reaches_the_overlapping_batch(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(10)))
+    submit(database, "b", jobs(range(5, 15)))
+    ends = {4: "time", 6: "time", 7: "memory", 12: "time", 8: "invalid_input"}
+    drain(database, worker, lambda t: failed(ends[number_of(t)])(t) if number_of(t) in ends else done(t))
+    assert (recount(database, "a"), recount(database, "b")) == ((6, 0, 4), (6, 0, 4))
+    audit_at_rest(database)
+
+    assert control.retry(database, "a", "time") == 2  # 4 and 6
+
+    audit(database)
+    assert reading.progress(database, "a").failed == 2
+    assert reading.progress(database, "b").failed == 3  # 6 runs again there as well, 12 does not
+    assert {reading.progress(database, name).state for name in "ab"} == {"open"}
+    assert len(drain(database, worker)) == 2
+    assert (recount(database, "a"), recount(database, "b")) == ((8, 0, 2), (7, 0, 3))
+    assert control.retry(database, "a") == 2
+    drain(database, worker)
+    assert recount(database, "a") == (10, 0, 0)
+    audit_at_rest(database)
+
+
+def test_a_retry_leaves_alone_what_a_batch_has_not_counted_yet(database: Database) -> None:
+    """b gave the end of its range back; there, a failure is known by a's record only, and a retries it."""
+    first, second = sign_on(database, "w1"), sign_on(database, "w2")
+    submit(database, "a", jobs([3]))
+    submit(database, "b", jobs(range(5), seconds=0.001))
+    (of_a, *of_b) = publish(database)
+    drained = [claim_of(database, second, message.chunk_id) for message in of_b]
+    for claim in drained:
+        running.finish(database, second, claim, [done(task) for task in claim.tasks if number_of(task) < 3])
+    finish(database, first, claim_of(database, first, of_a.chunk_id), failed("time"))
+    audit(database)
+    assert reading.progress(database, "b").ended == 3
+
+    assert control.retry(database, "a") == 1
+
+    audit(database)
+    assert reading.progress(database, "b").ended == 3
+    drain(database, first)
+    assert recount(database, "b") == (5, 0, 0)
+    audit_at_rest(database)
+
+
+def test_a_retry_of_many_failures_in_many_chunks_is_quick(database: Database, worker: int) -> None:
+    # 8,000 chunks over one batch: finding who counted a job must not look at all of them for each job.
+    count = 8_000
+    submit(database, "a", jobs(range(count)))
+    ids = [job for (job,) in rows(database, "SELECT id FROM job ORDER BY id")]
+    with database.write() as connection:
+        connection.execute(text("UPDATE segment SET next = stop"))
+        connection.exec_driver_sql(
+            "INSERT INTO chunk (segment_id, batch_id, start, stop, state, failed) VALUES (1, 1, ?, ?, 'finished', 1)",
+            [(place, place + 1) for place in range(count)],
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO record (job_id, state, cause, finished_at) VALUES (?, 'failed', 'time', 0)",
+            [(i,) for i in ids],
+        )
+    audit_at_rest(database)
+    began = time.process_time()
+    assert control.retry(database, "a") == count
+    assert time.process_time() - began < 3.0  # 0.4 s; with a look at every chunk for every job, 8 s
+    audit(database)
+    assert reading.progress(database, "a").ended == 0
+
+
+def test_attempts_before_a_retry_no_longer_count_against_the_job(database: Database, worker: int) -> None:
+    submit(database, "a", jobs([7]))
+    for expected in range(3):
+        claim = take(database, worker)
+        assert (claim.tasks[0].deaths, claim.tasks[0].suspect) == (expected, expected > 0)
+        running.report_death(
+            database, worker, claim, Death((claim.tasks[0].id,), 1.0, 2.0, "crash", "signal 11", "boom")
+        )
+        if expected < 2:
+            running.finish(database, worker, claim, [])
+    finish(database, worker, claim, failed("crash"))
+
+    control.retry(database, "a")
+
+    claim = take(database, worker)
+    assert (claim.tasks[0].deaths, claim.tasks[0].suspect) == (0, False)
+    finish(database, worker, claim)
+    (record,) = reading.records(database, "a")
+    assert (record.state, record.attempts) == ("done", 3)  # kept for people to read
+    seen = reading.attempts(database, record.key)
+    assert [(a.cause, a.alone, a.message, a.log, a.worker) for a in seen] == 3 * [
+        ("crash", True, "signal 11", "boom", "worker")
+    ]
+    audit_at_rest(database)
+
+
+# Pause, resume, cancel
+
+
+def test_a_paused_batch_starts_nothing_until_it_is_resumed(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(5)))
+    messages = publish(database)
+
+    assert control.pause(database, "a")
+    assert not control.pause(database, "a")  # it was not open
+    assert [running.claim(database, worker, message.chunk_id) for message in messages] == [None] * len(messages)
+    assert publish(database) == []
+    audit(database)
+
+    assert control.resume(database, "a")
+    assert len(drain(database, worker)) == 5
+    assert not control.resume(database, "a")
+    audit_at_rest(database)
+
+
+def test_a_cancelled_batch_is_over_and_the_same_submission_opens_it_again(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(5)))
+    finish(database, worker, take(database, worker))
+    assert control.cancel(database, "a")
+
+    assert drain(database, worker) == []
+    assert reading.progress(database, "a").over
+    assert submit(database, "a", jobs(range(5))).reopened
+    assert len(drain(database, worker)) == 4
+    assert not control.cancel(database, "a")  # finished
+    audit_at_rest(database)
+
+
+def test_running_jobs_hear_of_a_pause_or_cancel_unless_another_open_batch_wants_them(
+    database: Database, worker: int
+) -> None:
+    submit(database, "a", jobs([1]))
+    submit(database, "b", jobs([1, 2]))
+    claim = take(database, worker)
+
+    def asked() -> tuple[bool, bool]:
+        renewal = running.renew(database, worker, {claim.chunk_id: [claim.tasks[0].id]})
+        return claim.chunk_id in renewal.cancelled, claim.chunk_id in renewal.paused
+
+    assert asked() == (False, False)
+    control.cancel(database, "a")
+    assert asked() == (False, False)  # b holds job 1
+    control.cancel(database, "b")
+    assert asked() == (True, False)
+    control.resume(database, "a")
+    control.pause(database, "a")
+    assert asked() == (False, True)
+
+
+def test_an_unknown_batch_is_named_with_the_newest_ones(database: Database) -> None:
+    with pytest.raises(control.NoSuchBatch, match="none was submitted yet"):
+        control.pause(database, "x")
+    submit(database, "a", jobs([1]))
+    submit(database, "b", jobs([2]))
+    with pytest.raises(control.NoSuchBatch, match="'x'; the newest are: b, a"):
+        reading.progress(database, "x")
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e4, float("nan")])
+def test_a_weight_out_of_range_is_refused(database: Database, weight: float) -> None:
+    submit(database, "a", jobs([1]))
+    with pytest.raises(StoreError, match=r"outside 0\.001\.\.1000"):
+        control.set_weight(database, "a", weight)
+
+
+def run_until(database: Database, worker: int, ended: int, cause: object) -> None:
+    while reading.batches(database)[0].ended < ended:
+        claim = take(database, worker)
+        finish(database, worker, claim, lambda task: failed(cause(number_of(task)))(task))  # type: ignore[operator]
+
+
+def test_a_batch_whose_first_twenty_jobs_fail_alike_pauses_itself_once(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(40), seconds=2.0))
+    run_until(database, worker, 19, lambda number: "error")
+    assert dispatching.pause_hopeless(database) == []
+    run_until(database, worker, 20, lambda number: "error")
+
+    (said,) = dispatching.pause_hopeless(database)
+
+    assert "batch a paused itself: its first 20 jobs all failed with cause error" in said
+    seen = reading.progress(database, "a")
+    assert seen.state == "paused"
+    assert seen.reason in said
+    control.resume(database, "a")
+    assert reading.progress(database, "a").reason == ""
+    run_until(database, worker, 39, lambda number: "error")
+    assert dispatching.pause_hopeless(database) == []
+    assert reading.progress(database, "a").state == "open"
+
+
+def test_mixed_causes_or_one_success_do_not_pause(database: Database, worker: int) -> None:
+    submit(database, "mixed", jobs(range(40), seconds=2.0))
+    run_until(database, worker, 25, lambda number: "error" if number else "time")
+    assert dispatching.pause_hopeless(database) == []
+    run_until(database, worker, 39, lambda number: "error")
+    assert dispatching.pause_hopeless(database) == []
+
+
+def test_a_batch_that_has_ended_altogether_is_finished_rather_than_paused(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(30), seconds=0.01))
+    messages = publish(database)
+    for message in messages:
+        finish(database, worker, claim_of(database, worker, message.chunk_id), failed("error"))
+    assert dispatching.pause_hopeless(database) == []
+    dispatching.finish_batches(database)
+    assert rows(database, "SELECT state FROM batch") == [("finished",)]
+
+
+# Needs
+
+R1, R2 = "recipe:" + "1" * 64, "recipe:" + "2" * 64
+
+
+def test_jobs_wait_for_the_networks_they_need_and_are_given_them(database: Database, worker: int) -> None:
+    submit(database, "a", builder(R1, R2), jobs(range(4), recipes=(R1,)), jobs(range(4, 8), recipes=(R1, R2)))
+
+    messages = publish(database)
+    assert all("networks.train" in message.label for message in messages)
+    first, second = (claim_of(database, worker, message.chunk_id) for message in messages)
+    finish(database, worker, first)
+    assert dispatching.settle_needs(database) == 1
+    assert dispatching.settle_needs(database) == 0
+    assert {message.label.split("/")[-1].strip() for message in publish(database)} == {"2..2", "3..5"}
+    finish(database, worker, second)
+    assert dispatching.settle_needs(database) == 1
+    claim = take(database, worker)
+    assert claim.given == {R1: "onnx:built", R2: "onnx:built"}
+    finish(database, worker, claim)
+    ((inputs,),) = rows(database, "SELECT inputs FROM record WHERE job_id = :id", id=claim.tasks[0].id)
+    assert inputs == f'{{"{R1}": "onnx:built", "{R2}": "onnx:built"}}'
+
+
+def test_a_failed_need_fails_its_dependents_and_a_retry_runs_both_in_order(database: Database, worker: int) -> None:
+    submit(database, "a", builder(R1), jobs(range(4), recipes=(R1,)), jobs(range(4, 6)))
+
+    ran = drain(database, worker, lambda task: failed("memory")(task) if "recipe" in task.params else done(task))
+
+    assert len(ran) == 3  # the builder, and the two that need nothing
+    assert recount(database, "a") == (2, 0, 5)
+    groups = {group.cause: (group.jobs, group.example) for group in reading.failures(database, "a")}
+    assert groups["memory"][0] == 1
+    assert groups["dependency"][0] == 4
+    assert "could not be built" in groups["dependency"][1]
+    assert "memory" in groups["dependency"][1]
+    audit_at_rest(database)
+
+    assert control.retry(database, "a", "dependency") == 4
+    assert drain(database, worker) == []  # the need is still failed
+    assert recount(database, "a") == (2, 0, 5)
+
+    assert control.retry(database, "a") == 5
+    order = drain(database, worker)
+    assert len(order) == 5
+    assert order[0] == ran[0], "the builder runs before those that need it"
+    assert recount(database, "a") == (7, 0, 0)
+    audit_at_rest(database)
+
+
+def test_a_chunk_on_its_way_is_not_started_while_its_need_is_built_anew(database: Database, worker: int) -> None:
+    submit(database, "a", builder(R1), jobs(range(3), recipes=(R1,)))
+    finish(database, worker, take(database, worker), failed("time"))
+    dispatching.settle_needs(database)
+    messages = publish(database)  # of failed jobs, sent around to be counted
+
+    control.retry(database, "a")
+
+    assert [running.claim(database, worker, message.chunk_id) for message in messages] == [None] * len(messages)
+    assert len(drain(database, worker)) == 4
+    assert recount(database, "a") == (4, 0, 0)
+    audit_at_rest(database)
+
+
+def test_a_need_that_is_retried_while_it_is_looked_at_fails_nobody(
+    database: Database, worker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(database, "a", builder(R1), jobs(range(3), recipes=(R1,)))
+    finish(database, worker, take(database, worker), failed("time"))
+    write = database.write
+
+    def retried_just_before(durable: bool = False) -> object:
+        monkeypatch.setattr(database, "write", write)
+        control.retry(database, "a")
+        return write(durable)
+
+    monkeypatch.setattr(database, "write", retried_just_before)
+    assert dispatching.settle_needs(database) == 0
+    assert len(drain(database, worker)) == 4
+    assert recount(database, "a") == (4, 0, 0)
+
+
+# Losses and refusals
+
+
+def test_worker_losses_count_apart_and_after_three_the_job_is_suspect(database: Database) -> None:
+    submit(database, "a", jobs([1]))
+    seen = []
+    for loss in range(6):
+        worker = sign_on(database, f"w{loss}")
+        claim = take(database, worker)
+        (task,) = claim.tasks
+        seen.append((task.deaths, task.suspect))
+        running.renew(database, worker, {claim.chunk_id: [task.id]})
+        assert dispatching.reclaim(database, worker, counter=2) == 1
+    assert seen == [(0, False)] * 3 + [(0, True), (1, True), (2, True)]
+    claim = take(database, sign_on(database))
+    assert claim.tasks[0].deaths == running.MOST_STARTS
+    audit(database)
+
+
+def test_a_worker_that_moved_is_not_taken_for_lost(database: Database, worker: int) -> None:
+    submit(database, "a", jobs([1]))
+    claim = take(database, worker)
+    running.renew(database, worker, {})
+    assert dispatching.reclaim(database, worker, counter=1) is None
+    finish(database, worker, claim)
+    assert recount(database, "a") == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Outcome(0, None, message="no state"),  # type: ignore[arg-type]
+        Outcome(0, "done", result="\ud800"),
+        Outcome(0, "done", result=2**70),  # type: ignore[arg-type]
+    ],
+    ids=["a null", "a lone surrogate", "an integer beyond 64 bits"],
+)
+def test_a_row_that_the_database_refuses_fails_alone(database: Database, worker: int, bad: Outcome) -> None:
+    submit(database, "a", jobs(range(9), seconds=0.1))
+    finish(database, worker, take(database, worker))
+    claim = take(database, worker)
+    assert len(claim.tasks) > 3
+
+    def end(task: Task) -> Outcome:
+        return (
+            Outcome(task.id, bad.state, result=bad.result, message=bad.message) if number_of(task) == 3 else done(task)
+        )
+
+    finish(database, worker, claim, end)
+    drain(database, worker)
+
+    assert [record.cause for record in reading.records(database, "a")] == ["", "", "", "unstorable", *[""] * 5]
+    assert recount(database, "a") == (8, 0, 1)
+    audit_at_rest(database)
+
+
+# Reading
+
+
+def test_records_come_in_order_page_by_page_with_their_provenance(
+    database: Database, worker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_PAGE", 7)
+    submission.submit(database, "a", [jobs(range(21, 0, -1), seconds=1.0)], {"onnx:1": "f.onnx"})
+    about = running.provenance_id(database, "digest", '{"python":"3.11"}')
+    assert running.provenance_id(database, "digest", '{"python":"3.11"}') == about
+    claim = take(database, worker)
+    running.finish(database, worker, claim, [Outcome(claim.tasks[0].id, "done", result='{"x":{"float":"nan"}}')], about)
+    take(database, worker)
+
+    found = list(reading.records(database, "a"))
+
+    assert [record.params["n"] for record in found] == list(range(21, 0, -1))
+    assert [record.state for record in found] == ["done", "running", "running", *["pending"] * 18]
+    assert found[0].provenance == {"python": "3.11"}
+    assert found[0].result is not None
+    assert str(found[0].result["x"]) == "nan"
+    assert found[0].names == {"onnx:1": "f.onnx"}
+    assert found[1].provenance == {}
+    seen = reading.progress(database, "a")
+    assert (seen.ended, seen.running, seen.waiting) == (1, 2, 18)
+
+
+def test_failures_are_grouped_by_cause_the_most_frequent_first(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(6)))
+    drain(database, worker, lambda task: failed("time" if number_of(task) == 2 else "memory")(task))
+    groups = reading.failures(database, "a")
+    assert [(group.cause, group.jobs) for group in groups] == [("memory", 5), ("time", 1)]
+    assert groups[1].example == 'time in {"n":2}'
+    assert groups[1].example_key == list(reading.records(database, "a"))[2].key
+
+
+def test_a_key_may_be_shortened_until_it_is_ambiguous(database: Database) -> None:
+    submit(database, "a", jobs(range(300)))  # 300 keys on 256 first bytes: two share theirs
+    keys = sorted(record.key for record in reading.records(database, "a"))
+    twins = next(one[:2] for one, other in itertools.pairwise(keys) if one[:2] == other[:2])
+
+    assert reading.attempts(database, keys[0]) == []
+    assert reading.attempts(database, keys[0][:31]) == []  # an odd number of digits
+    with pytest.raises(LookupError, match="several jobs' keys start with"):
+        reading.attempts(database, twins)
+    absent = next(f"{n:032x}" for n in range(1, 9) if f"{n:032x}" not in keys)
+    with pytest.raises(LookupError, match="no job's key starts with"):
+        reading.attempts(database, absent)
+    with pytest.raises(LookupError, match="not the beginning of a job's key"):
+        reading.attempts(database, "xyz")
+
+
+# Schema
+
+
+def schema(database: Database) -> dict[str, str]:
+    return dict(
+        rows(database, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version'")
+    )
+
+
+def test_a_fresh_store_has_exactly_the_tables_of_the_metadata(database: Database) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
+        found = {name for name in inspect(connection).get_table_names() if name != "sqlite_sequence"}
+        assert found == {*tables.metadata.tables, "alembic_version"}
+    database.prepare()
+    assert rows(database, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
+
+
+def test_the_migrations_lead_from_nothing_to_the_same_store(database: Database, tmp_path: Path) -> None:
+    from alembic import command
+
+    from netassay.store.migrations import config
+
+    migrated = Database(f"sqlite:///{tmp_path / 'migrated.sqlite'}")
+    command.upgrade(config(migrated), "head")
+
+    assert schema(migrated) == schema(database)
+    assert rows(migrated, "SELECT * FROM lab ORDER BY name") == rows(database, "SELECT * FROM lab ORDER BY name")
+    migrated.prepare()
+    submit(migrated, "a", jobs(range(3)))
+    assert len(drain(migrated, sign_on(migrated))) == 3
+    audit_at_rest(migrated)
+
+
+def test_a_store_of_a_newer_program_is_refused_and_left_alone(database: Database) -> None:
+    with database.write() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    before = schema(database)
+    with pytest.raises(StoreError, match=f"schema 9999, this program knows up to {SCHEMA}.*upgrade this installation"):
+        database.prepare()
+    assert schema(database) == before
+
+
+def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    path.write_bytes(b"a letter, not a database\n" * 100)
+    with pytest.raises(StoreError, match=r"store\.sqlite is not a SQLite database"):
+        Database(f"sqlite:///{path}").prepare()
+    assert path.read_bytes() == b"a letter, not a database\n" * 100
+
+
+def test_many_processes_may_prepare_one_store_at_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.sqlite'}"
+    faults: list[BaseException] = []
+    gate = threading.Barrier(8)
+
+    def prepare() -> None:
+        gate.wait()
+        try:
+            Database(url).prepare()
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=prepare) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert rows(Database(url), "SELECT count(*) FROM lab") == [(4,)]

@@ -1,0 +1,398 @@
+"""The supervisor and its compute child, without Celery or Redis: limits, deaths, results, outages."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from labs import alive, until
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from netassay import __version__
+from netassay.job import Record
+from netassay.methods.diagnostics import _side_log
+from netassay.settings import Settings
+from netassay.store import artifacts, dispatching, reading, running
+from netassay.store.database import Database
+from producer import submit as submission
+from worker import limits, supervisor
+from worker.compute import LOG_BYTES, Child, ChildDied
+from worker.supervisor import Supervisor
+
+USER_METHODS = Path(__file__).parent / "user_methods"
+
+
+class Bench:
+    """A worker of one slot on a store of its own, fed by hand."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.config = Settings(home=home, memory=500_000_000)
+        self.database = Database(self.config.store_url)
+        self.supervisor = Supervisor(self.config, slots=1)
+        self.supervisor.start()
+
+    @property
+    def slot(self) -> supervisor.Slot:
+        return self.supervisor._held[threading.get_ident()]
+
+    @property
+    def child(self) -> Child:
+        assert self.slot.child is not None
+        return self.slot.child
+
+    def submit(self, name: str, *jobs: dict[str, Any]) -> None:
+        path = self.home / f"{name}.json"
+        path.write_text(json.dumps({"name": name, "jobs": jobs}))
+        submission.submit(path, self.config)
+
+    def publish(self) -> int | None:
+        """The next chunk of the oldest open batch."""
+        with self.database.write() as connection:
+            for batch in dispatching.open_batches(connection):
+                if message := dispatching.publish_next(connection, batch, 1):
+                    return message.chunk_id
+        return None
+
+    def run(self, name: str, *jobs: dict[str, Any]) -> list[Record]:
+        """Submit and run to the end. Returns the records."""
+        self.submit(name, *jobs)
+        while chunk := self.publish():
+            self.supervisor.run(chunk)
+        return self.records(name)
+
+    def records(self, name: str) -> list[Record]:
+        return list(reading.records(self.database, name))
+
+    def attempts(self, record: Record) -> list[reading.AttemptSeen]:
+        return reading.attempts(self.database, record.key)
+
+    def query(self, statement: str) -> list[Any]:
+        with self.database.read() as connection:
+            return list(connection.execute(text(statement)).all())
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setenv("NETASSAY_METHODS", str(USER_METHODS))
+    found = Bench(tmp_path)
+    yield found
+    found.supervisor.close()
+
+
+def echo(count: int, tag: int = 0) -> dict[str, Any]:
+    return {"method": "diagnostics.echo", "params": {"tag": tag}, "grid": {"value": {"range": [0, count]}}}
+
+
+def alone(how: str, **params: Any) -> dict[str, Any]:
+    return {"method": "poison.alone", "params": {"how": how, **params}, "limits": {"seconds": 20, "memory": "100MB"}}
+
+
+def test_a_time_limit_holds_inside_c_code_with_the_interpreter_lock_held(bench: Bench) -> None:
+    began = time.monotonic()
+    job = {"method": "diagnostics.burn", "params": {"seconds": 60, "busy": "c"}, "limits": {"seconds": 0.5}}
+    (record,) = bench.run("spin", job)
+    assert time.monotonic() - began < 10
+    assert (record.state, record.cause) == ("failed", "time")
+    (attempt,) = bench.attempts(record)
+    assert attempt.cause == "time"
+    assert attempt.alone
+    assert 0.4 < attempt.ended_at - attempt.started_at < 5
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="RLIMIT_DATA is enforced on Linux only")
+def test_an_allocation_beyond_the_limit_fails_inside_the_job_and_its_child_is_replaced(bench: Bench) -> None:
+    bench.run("before", alone("well"))
+    before = bench.child.process.pid
+    greedy = {"method": "diagnostics.allocate", "params": {"endless": True}, "limits": {"memory": "100MB"}}
+    (record,) = bench.run("greedy", greedy)
+    assert (record.state, record.cause) == ("failed", "memory")
+    assert "MemoryError" in record.message
+    assert bench.attempts(record) == [], "nothing died"
+    (after,) = bench.run("after", alone("well", path="again"))
+    assert after.result is not None
+    assert after.result["pid"] != before
+
+
+def test_a_limit_is_the_jobs_own_and_lifted_for_the_next(bench: Bench) -> None:
+    def job(size: int, limit: str) -> dict[str, Any]:
+        return {"method": "diagnostics.allocate", "params": {"bytes": size}, "limits": {"memory": limit}}
+
+    (small,) = bench.run("small", job(150_000_000, "20MB"))
+    (large,) = bench.run("large", job(150_000_001, "200MB"))
+    assert (small.cause, large.state) == ("memory", "done")
+
+
+def test_memory_that_the_kernels_limit_does_not_count_is_found_by_looking(bench: Bench) -> None:
+    (record,) = bench.run("shared", alone("shared_memory"))
+    assert (record.state, record.cause) == ("failed", "memory")
+    assert "its limit is" in record.message
+    assert len(bench.attempts(record)) == 1
+
+
+def test_a_record_says_with_what_it_was_computed(bench: Bench) -> None:
+    (record,) = bench.run("about", {"method": "poison.values", "params": {"size": 2}})
+    assert record.provenance["netassay"] == __version__
+    assert record.provenance["numpy"] == np.__version__
+    assert {"python", "host", "platform", "processor"} <= set(record.provenance)
+
+
+def test_nan_infinities_arrays_and_bad_text_come_back_as_they_were(bench: Bench) -> None:
+    small, large = bench.run("values", {"method": "poison.values", "grid": {"size": [5, 20_000]}})
+    assert small.result is not None
+    numbers = small.result["numbers"]
+    assert math.isnan(numbers[0])
+    assert numbers[1:3] == [math.inf, -math.inf]
+    assert math.copysign(1, numbers[3]) == -1
+    assert small.result["text"] == "nul \\x00 and \\ud800"
+    with artifacts.using(bench.config.artifacts_folder):
+        for record, size in ((small, 5), (large, 20_000)):
+            assert np.array_equal(record.array("array"), np.arange(size) / 3)
+
+
+def test_a_crash_leaves_its_last_words_and_no_more_than_64_kib_of_them(bench: Bench) -> None:
+    (record,) = bench.run("talk", alone("talk"))
+    assert (record.state, record.cause) == ("failed", "crash")
+    attempts = bench.attempts(record)
+    assert [(attempt.cause, attempt.alone) for attempt in attempts] == [("crash", True)] * 3
+    for attempt in attempts:
+        assert len(attempt.log) <= LOG_BYTES
+        assert attempt.log.endswith("the last words of a job\n")
+        assert "code 3" in attempt.message
+    assert "the last words" in record.message
+
+
+def test_a_segmentation_fault_leaves_the_line_of_python_it_happened_in(bench: Bench) -> None:
+    (record,) = bench.run("segv", {"method": "diagnostics.crash", "params": {"by": "SIGSEGV"}})
+    assert record.cause == "crash"
+    log = bench.attempts(record)[0].log
+    assert "Segmentation fault" in log
+    assert "crash.py" in log
+
+
+def test_a_log_holds_nothing_of_the_jobs_before(bench: Bench) -> None:
+    bench.run("flood", alone("flood"))
+    (record,) = bench.run("crash", {"method": "diagnostics.crash"})
+    assert "yyy" not in bench.attempts(record)[0].log
+
+
+def test_a_death_is_noticed_though_a_fork_keeps_the_pipes_open_and_the_fork_ends_too(bench: Bench) -> None:
+    path = bench.home / "fork"
+    began = time.monotonic()
+    (record,) = bench.run("fork", alone("fork", path=str(path)))
+    assert time.monotonic() - began < 15, "it was waited for until the limit"
+    assert (record.state, record.cause) == ("failed", "crash")
+    until(lambda: not alive(int(path.read_text())), 5)
+
+
+def test_a_child_that_closes_its_pipes_is_not_waited_for(bench: Bench) -> None:
+    began = time.monotonic()
+    (record,) = bench.run("closed", alone("close_pipes"))
+    assert record.cause == "crash"
+    assert time.monotonic() - began < 3 * 20
+
+
+def test_a_job_that_reads_input_finds_it_empty_and_takes_no_other_job(bench: Bench) -> None:
+    asks, well = bench.run("input", alone("read_input"), alone("well"))
+    assert asks.cause == "error"
+    assert "EOFError" in asks.message
+    assert well.state == "done"
+
+
+def test_a_missing_library_fails_the_jobs_by_its_name(bench: Bench) -> None:
+    began = time.monotonic()
+    records = bench.run("unfit", {"method": "poison.unfit", "grid": {"tag": [1, 2]}})
+    assert time.monotonic() - began < 30
+    for record in records:
+        assert (record.state, record.cause) == ("failed", "error")
+        assert "No module named 'no_such_library'" in record.message
+    (well,) = bench.run("fit", alone("well"))
+    assert well.state == "done"
+
+
+def test_a_child_killed_while_it_imports_costs_nobody_anything(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, killed = Child.prepare, []
+
+    def unlucky(self: Child, *args: Any) -> None:
+        if len(killed) < 2:
+            killed.append(self.process.pid)
+            self.kill()
+            raise ChildDied("memory", "killed by SIGKILL from outside", "", code=-9)
+        prepare(self, *args)
+
+    monkeypatch.setattr(Child, "prepare", unlucky)
+    records = bench.run("unlucky", echo(3))
+    assert len(killed) == 2
+    assert [record.state for record in records] == ["done"] * 3
+    assert bench.query("SELECT * FROM attempt") == []
+
+
+def test_past_its_budget_a_chunk_gives_back_the_rest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BUDGET_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "AHEAD_SECONDS", 0.0)
+    sleeps = {"method": "diagnostics.sleep", "params": {"seconds": 0.2}, "grid": {"tag": {"range": [0, 9]}}}
+    bench.submit("long", sleeps)
+    first, second = bench.publish(), bench.publish()
+    assert first is not None
+    assert second is not None
+    bench.supervisor.run(first)
+    bench.supervisor.run(second)
+    seen = reading.progress(bench.database, "long")
+    assert 1 < seen.done < 9
+    assert seen.waiting == 9 - seen.done
+    assert bench.query("SELECT count(*) FROM running") == [(0,)]
+    while chunk := bench.publish():
+        bench.supervisor.run(chunk)
+    assert reading.progress(bench.database, "long").done == 9
+
+
+def test_a_group_that_breaks_down_after_the_budget_still_comes_to_an_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "BUDGET_SECONDS", 0.3)
+    log = str(bench.home / "side.log")
+
+    def well(start: int, stop: int) -> dict[str, Any]:
+        return {"method": "poison.grouped", "params": {"log": log}, "grid": {"tag": {"range": [start, stop]}}}
+
+    late = {"method": "poison.grouped", "params": {"log": log, "how": "late"}}
+    records = bench.run("late", well(0, 20), late, well(20, 30))
+    ends = Counter((record.state, record.cause) for record in records)
+    assert ends == {("done", ""): 30, ("failed", "error"): 1}
+    starts = Counter(line.job for line in _side_log.read(log) if line.event == "start")
+    assert max(starts.values()) == 2
+
+
+def test_what_was_computed_for_a_chunk_taken_over_is_dropped(bench: Bench) -> None:
+    bench.submit("late", {"method": "diagnostics.sleep", "params": {"seconds": 1.5}})
+    chunk = bench.publish()
+    assert chunk is not None
+    asleep = bench.supervisor.worker_id
+
+    def take_over() -> bool:
+        with bench.database.read() as connection:
+            seen = next(one for one in dispatching.alive_workers(connection) if one.id == asleep)
+        return bool(dispatching.reclaim(bench.database, asleep, seen.counter))
+
+    def give_up() -> None:
+        until(lambda: bench.query("SELECT 1 FROM chunk WHERE state = 'claimed'"))
+        until(take_over)
+
+    thread = threading.Thread(target=give_up)
+    thread.start()
+    bench.supervisor.run(chunk)
+    thread.join()
+    assert bench.records("late")[0].state == "pending"
+    until(lambda: bench.supervisor.worker_id != asleep, 10, "the worker to sign on anew")
+    again = bench.publish()
+    assert again is not None
+    bench.supervisor.run(again)
+    (record,) = bench.records("late")
+    assert record.state == "done"
+    assert bench.query("SELECT count(*) FROM attempt") == [(0,)]
+
+
+def test_through_an_outage_results_are_held_and_then_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, refused = running.finish, []
+
+    def out(*args: Any) -> None:
+        if len(refused) < 3:
+            refused.append(time.monotonic())
+            raise OperationalError("COMMIT", {}, Exception("disk I/O error"))
+        finish(*args)
+
+    monkeypatch.setattr(running, "finish", out)
+    records = bench.run("outage", echo(5))
+    assert len(refused) == 3
+    assert [record.state for record in records] == ["done"] * 5
+    starts = [later - earlier for earlier, later in itertools.pairwise(refused)]
+    assert starts == sorted(starts), "it waits longer each time"
+
+
+def test_an_outage_does_not_end_the_signs_of_life(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    renew, raised = running.renew, []
+
+    def out(*args: Any) -> running.Renewal:
+        if len(raised) < 2:
+            raised.append(1)
+            raise OperationalError("UPDATE", {}, Exception("locked")) if len(raised) == 1 else RuntimeError("a bug")
+        return renew(*args)
+
+    monkeypatch.setattr(running, "renew", out)
+    until(lambda: len(raised) == 2)
+    before = bench.query("SELECT counter FROM worker")
+    until(lambda: bench.query("SELECT counter FROM worker") > before, 5)
+
+
+def test_a_worker_that_shuts_down_lets_a_job_end_within_the_grace_and_gives_back_the_others(bench: Bench) -> None:
+    sleeps = {"method": "diagnostics.sleep", "params": {"seconds": 0.5}, "grid": {"tag": {"range": [0, 4]}}}
+    bench.submit("bye", sleeps)
+    first, rest = bench.publish(), bench.publish()
+    assert first is not None
+    assert rest is not None
+    bench.supervisor.run(first)
+    threading.Timer(0.2, bench.supervisor.stop).start()
+    bench.supervisor.run(rest)
+    seen = reading.progress(bench.database, "bye")
+    assert (seen.done, seen.waiting) == (2, 2)
+    assert bench.query("SELECT count(*) FROM attempt") == [(0,)]
+
+
+def claim_of(jobs: int, seconds: float, time_limit: float, memory: int | None) -> running.Claim:
+    return running.Claim(
+        chunk_id=1, token="", method="m", version=1, method_id=1, segment_id=1, time_limit=time_limit,
+        memory_limit=memory, group_size=jobs, seconds=seconds, libraries=(), tasks=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("jobs, seconds, memory, expected", [
+    (1, 0.001, None, (60.0, 500_000_000)),  # a job alone: its own limits
+    (1, 0.001, 10**6, (60.0, 10**6)),
+    (1, 0.001, 10**9, (60.0, 10**9)),  # asked for by name, so given
+    (40, 5.0, 10**6, (2400.0, 40 * 10**6)),  # sums, where 20 x the prediction is longer
+    (40, 0.001, 10**6, (60.0, 40 * 10**6)),  # one job's limit, where the sum is absurd
+    (40, 10.0 / 40, 10**8, (200.0, 500_000_000)),  # 20 x the prediction; no more than the slot has
+    (40, 0.001, 10**9, (60.0, 10**9)),
+])  # fmt: skip
+def test_limits_of_a_group(bench: Bench, jobs: int, seconds: float, memory: int | None, expected: tuple) -> None:
+    slot = supervisor.Slot(bench.supervisor)
+    assert slot._limits(claim_of(jobs, seconds, 60.0, memory), jobs) == expected
+
+
+def test_a_family_is_a_process_with_its_descendants() -> None:
+    child = Child(Path("unused"))
+    try:
+        assert set(limits.family(os.getpid())) >= {os.getpid(), child.process.pid}
+        assert limits.family(child.process.pid) == [child.process.pid]
+    finally:
+        child.kill()
+    assert not alive(child.process.pid)
+    assert limits.resident(child.process.pid) == 0
+
+
+def test_requests_larger_than_a_pipe_reach_a_child_that_is_slow_to_read(bench: Bench) -> None:
+    texts = {"method": "diagnostics.echo", "grid": {"value": [f"{number} " + "x" * 5000 for number in range(100)]}}
+    records = bench.run("large", texts)
+    assert [record.result["value"] for record in records if record.result] == texts["grid"]["value"]
+
+
+def test_a_child_that_never_reads_is_ended_by_the_time_limit() -> None:
+    child = Child(Path("unused"))
+    child.process.send_signal(signal.SIGSTOP)
+    child.send({"prepare": {"libraries": ["x" * 1_000_000]}})
+    with pytest.raises(ChildDied) as death:
+        child.line(time.monotonic() + 0.5, None, lambda: False)
+    assert death.value.cause == "time"
+    assert not alive(child.process.pid)
