@@ -36,7 +36,7 @@ class LazyModule(ModuleType):
                 if error.name != self.__name__.partition(".")[0]:
                     raise
                 raise ModuleNotFoundError(
-                    f"{error.name} is needed to compute but is not installed here; try: pip install 'netassay[compute]'",
+                    f"{error.name} is needed to compute but not installed here; try: pip install 'netassay[compute]'",
                     name=error.name,
                 ) from error
             self.__dict__["_target"] = target

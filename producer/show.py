@@ -72,7 +72,7 @@ def batch_line(batch: Progress) -> str:
 
 
 def watch(database: Database, name: str, timeout: float | None = None) -> Progress:
-    """Show a batch's progress until it is over, or paused, or `timeout` seconds have passed. Returns how it stood last."""
+    """Show a batch's progress until it is over or paused, or for `timeout` seconds. Returns how it stood last."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 

@@ -159,8 +159,7 @@ def _mark(connection: Connection, chunk_id: int) -> None:
     ).scalar_one()
     connection.execute(
         text(
-            "UPDATE chunk SET state = 'published', serial = :serial"
-            " WHERE id = :id AND state IN ('ready', 'published')"
+            "UPDATE chunk SET state = 'published', serial = :serial WHERE id = :id AND state IN ('ready', 'published')"
         ),
         {"serial": serial, "id": chunk_id},
     )

@@ -106,8 +106,6 @@ def make_ready(connection: Connection, batch_id: int, ordinals: Sequence[int], s
                 place += 1
             rows.append({"s": segment.id, "b": batch_id, "start": start, "stop": stop, "state": state})
     connection.execute(
-        text(
-            "INSERT INTO chunk (segment_id, batch_id, start, stop, state) VALUES (:s, :b, :start, :stop, :state)"
-        ),
+        text("INSERT INTO chunk (segment_id, batch_id, start, stop, state) VALUES (:s, :b, :start, :stop, :state)"),
         rows,
     )

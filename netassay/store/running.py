@@ -251,8 +251,7 @@ def _history(connection: Connection, chunk_id: int) -> tuple[dict[int, int], dic
     )
     losses = connection.execute(
         text(
-            "SELECT w.job_id, w.losses FROM worker_loss w JOIN running u ON u.job_id = w.job_id"
-            " WHERE u.chunk_id = :id"
+            "SELECT w.job_id, w.losses FROM worker_loss w JOIN running u ON u.job_id = w.job_id WHERE u.chunk_id = :id"
         ),
         {"id": chunk_id},
     )

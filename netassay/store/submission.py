@@ -39,7 +39,6 @@ class Segment(Protocol):
     keys: list[bytes]
 
 
-
 class NameTaken(StoreError):
     """A batch of that name holds other jobs."""
 
@@ -272,9 +271,7 @@ def _forget_retryable(database: Database, known: list[int]) -> int:
     return forgotten
 
 
-def _write_memberships(
-    database: Database, batch_id: int, ids: list[int], progress: Callable[[float], None]
-) -> None:
+def _write_memberships(database: Database, batch_id: int, ids: list[int], progress: Callable[[float], None]) -> None:
     for start in range(0, len(ids), 10_000):
         rows = [(batch_id, start + place, job_id) for place, job_id in enumerate(ids[start : start + 10_000])]
         with database.write() as connection:
@@ -377,4 +374,3 @@ def discard(database: Database, batch_id: int) -> None:
     with database.write() as connection:
         connection.execute(text("DELETE FROM membership WHERE batch_id = :id"), {"id": batch_id})
         connection.execute(text("DELETE FROM batch WHERE id = :id AND state = 'arriving'"), {"id": batch_id})
-
