@@ -77,7 +77,8 @@ class Record:
     params: canonical params, references by digest. names: reference -> the name the user gave it.
     state: pending, running, done, not_applicable or failed. cause, message: of a failure (message also of
     not_applicable). result: fields of `Result`, arrays as stored (use `array`). seconds: run time; of a vectorised
-    group, the job's share. inputs: recipe -> digest of the network it stood for. attempts: children that died on this job.
+    group, the job's share. inputs: recipe -> digest of the network it stood for. attempts: children that
+    died on this job.
     """
 
     id: int

@@ -892,3 +892,17 @@ def test_many_processes_may_prepare_one_store_at_once(tmp_path: Path) -> None:
         thread.join()
     assert faults == []
     assert rows(Database(url), "SELECT count(*) FROM lab") == [(4,)]
+
+
+def test_scattered_jobs_that_ended_before_do_not_cut_a_batch_into_single_jobs(tmp_path: Path) -> None:
+    database = new_store(tmp_path)
+    worker = sign_on(database)
+    submit(database, "first", jobs(range(0, 400, 2)))
+    drain(database, worker)
+    submit(database, "second", jobs(range(400)))
+    assert rows(database, "SELECT count(*) FROM chunk WHERE batch_id = 2") == [(0,)]
+    drain(database, worker)
+    ((chunks,),) = rows(database, "SELECT count(*) FROM chunk WHERE batch_id = 2")
+    assert chunks < 400 / 10  # about 20 jobs of 0.1 s a chunk
+    assert reading.progress(database, "second").done == 400
+    audit_at_rest(database)

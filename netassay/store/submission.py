@@ -7,6 +7,7 @@ state `arriving`, which is never dispatched.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -330,6 +331,10 @@ def _write_segments(
         )
 
 
+#: Jobs left between ended ones, in more runs than this in a segment, would each travel in a tiny chunk of their own.
+MOST_RUNS = 50
+
+
 def _count_ended(connection: Connection, batch_id: int) -> None:
     """Jobs that ended in earlier batches are counted here and now, not sent around to be found done."""
     segments = connection.execute(
@@ -349,6 +354,17 @@ def _count_ended(connection: Connection, batch_id: int) -> None:
         )
         if not ended:
             continue
+        rest = connection.execute(
+            text(
+                f"SELECT m.ordinal FROM membership m WHERE {within}"
+                " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id) ORDER BY m.ordinal"
+            ),
+            place,
+        ).scalars()
+        ordinals = list(rest)
+        runs = bool(ordinals) + sum(after - before > 1 for before, after in itertools.pairwise(ordinals))
+        if runs > MOST_RUNS:
+            continue  # cut as usual: its chunks find the ended jobs as they pass
         connection.execute(text("UPDATE segment SET next = stop WHERE id = :s"), place)
         connection.execute(
             text(
@@ -357,14 +373,6 @@ def _count_ended(connection: Connection, batch_id: int) -> None:
             ),
             {"done": 0, "not_applicable": 0, "failed": 0, **ended, **place},
         )
-        rest = connection.execute(
-            text(
-                f"SELECT m.ordinal FROM membership m WHERE {within}"
-                " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id)"
-            ),
-            place,
-        ).scalars()
-        ordinals = list(rest)
         if ordinals:
             make_ready(connection, batch_id, ordinals)
 
