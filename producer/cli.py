@@ -1,7 +1,7 @@
 """The command line: `netassay VERB`. Heavy imports stay inside the verbs that need them.
 
-Exit codes: 0 fine; 1 some jobs failed; 2 bad input, nothing was done; 3 the batch was cancelled, or the lab is not in
-the state the verb needs.
+Exit codes: 0 fine; 1 some jobs failed; 2 bad input, nothing was done; 3 the batch was cancelled; 4 the disk
+or the store would not.
 """
 
 from __future__ import annotations
@@ -50,6 +50,26 @@ def main() -> None:
     except typer.TyperException as error:
         print(f"netassay: {getattr(error, 'message', error)}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        words = _trouble_outside(error)
+        if words is None:
+            raise
+        print(f"netassay: {words}", file=sys.stderr)
+        sys.exit(4)
+
+
+def _trouble_outside(error: Exception) -> str | None:
+    """What to say of a disk or database that would not; None where the error is our own."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; nothing is half done: make room or mend the rights, then do the same again"
+    database = sys.modules.get("sqlalchemy.exc")  # not imported for verbs that need no store
+    if database is not None and isinstance(error, database.OperationalError):
+        return (
+            f"the store does not answer ({error.orig}); nothing is half done: see that its disk has room and its "
+            "database is up, then do the same again"
+        )
+    return None
 
 
 def _config() -> Any:

@@ -7,6 +7,7 @@ got lost: messages, Redis itself, workers. Any number of dispatchers may run: al
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ import structlog
 
 from netassay import faults
 from netassay.settings import Settings, settings
-from netassay.store import dispatching
+from netassay.store import dispatching, submission
 from netassay.store.database import Database, Outage
 
 log = structlog.get_logger("netassay.dispatch")
@@ -40,6 +41,8 @@ BUSY_PAUSE, IDLE_PAUSE = 0.02, 0.2
 OUTAGE_PAUSE = 1.0
 #: Questions that cost a scan (is a batch finished, hopeless) are asked so often.
 HOUSEKEEPING_SECONDS = 1.0
+#: Leftovers of submissions that died are looked for so often.
+TIDYING_SECONDS = 600.0
 
 
 class Broker(Protocol):
@@ -128,6 +131,7 @@ class Dispatcher:
     _unclaimed: dict[tuple[int, int], float] = field(default_factory=dict)
     _served: dict[int, float] = field(default_factory=dict)
     _looked: float = -1.0
+    _tidied: float = -math.inf
     _kept_house: float = -1.0
 
     def one_pass(self) -> bool:
@@ -207,6 +211,9 @@ class Dispatcher:
         for said in dispatching.pause_hopeless(self.database):
             log.warning("batch_paused", why=said)
         dispatching.finish_batches(self.database)
+        if self._looked - self._tidied >= TIDYING_SECONDS:
+            self._tidied = self._looked
+            submission.discard_abandoned(self.database)
 
     def _publish(self, slots: int) -> bool:
         """Fill Redis up, batch by batch: the next chunk is of the batch that has had least for its weight."""

@@ -906,3 +906,25 @@ def test_scattered_jobs_that_ended_before_do_not_cut_a_batch_into_single_jobs(tm
     assert chunks < 400 / 10  # about 20 jobs of 0.1 s a chunk
     assert reading.progress(database, "second").done == 400
     audit_at_rest(database)
+
+
+def test_what_a_dead_submission_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    database = new_store(tmp_path)
+    submit(database, "alive", jobs(range(5)))
+    with database.write() as connection:
+        for name, age in (("old", 2 * submission.ABANDONED_SECONDS), ("young", 1.0)):
+            connection.execute(
+                text(
+                    "INSERT INTO batch (name, digest, state, size, submitted_at) VALUES (:n, :d, 'arriving', 3, :then)"
+                ),
+                {"n": name, "d": b"", "then": time.time() - age},
+            )
+        database.insert(
+            connection,
+            "membership",
+            ("batch_id", "ordinal", "job_id"),
+            [(b, o, o + 1) for b in (2, 3) for o in range(3)],
+        )
+    assert submission.discard_abandoned(database) == 1
+    assert rows(database, "SELECT name FROM batch ORDER BY id") == [("alive",), ("young",)]
+    assert rows(database, "SELECT batch_id, count(*) FROM membership GROUP BY 1 ORDER BY 1") == [(1, 5), (3, 3)]

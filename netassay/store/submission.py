@@ -106,7 +106,11 @@ def submit(
                 )
                 if arrival.known:
                     _count_ended(connection, batch_id)
-                connection.execute(text("UPDATE batch SET state = 'open' WHERE id = :id"), {"id": batch_id})
+                opened = connection.execute(
+                    text("UPDATE batch SET state = 'open' WHERE id = :id"), {"id": batch_id}
+                ).rowcount
+                if not opened:
+                    raise StoreError("this submission stood still so long that it was taken for dead; submit it again")
     except NameTaken:
         discard(database, batch_id)
         raise
@@ -380,5 +384,33 @@ def _count_ended(connection: Connection, batch_id: int) -> None:
 def discard(database: Database, batch_id: int) -> None:
     """Remove a batch that never opened; its jobs stay, for whoever asks for them next."""
     with database.write() as connection:
-        connection.execute(text("DELETE FROM membership WHERE batch_id = :id"), {"id": batch_id})
-        connection.execute(text("DELETE FROM batch WHERE id = :id AND state = 'arriving'"), {"id": batch_id})
+        gone = connection.execute(
+            text("DELETE FROM batch WHERE id = :id AND state = 'arriving'"), {"id": batch_id}
+        ).rowcount
+    deleted = gone
+    while deleted:
+        with database.write() as connection:
+            deleted = connection.execute(
+                text(
+                    "DELETE FROM membership WHERE batch_id = :id AND ordinal IN"
+                    " (SELECT ordinal FROM membership WHERE batch_id = :id LIMIT 10000)"
+                ),
+                {"id": batch_id},
+            ).rowcount
+
+
+#: A submission of a million jobs takes half a minute; one that has been arriving for so long has died on the way.
+ABANDONED_SECONDS = 3600.0
+
+
+def discard_abandoned(database: Database) -> int:
+    """Remove what submissions left behind that died on the way. Returns how many."""
+    with database.read() as connection:
+        found = connection.execute(
+            text("SELECT id FROM batch WHERE state = 'arriving' AND submitted_at < :then"),
+            {"then": time.time() - ABANDONED_SECONDS},
+        ).scalars()
+        dead = list(found)
+    for batch_id in dead:
+        discard(database, batch_id)
+    return len(dead)
