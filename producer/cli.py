@@ -103,6 +103,15 @@ def _working(words: str) -> Iterator[Callable[[float], None]]:
         yield lambda share: bars.update(bar, completed=share)
 
 
+@contextmanager
+def _busy(words: str) -> Iterator[None]:
+    """A sign of life on standard error for what says nothing while it goes on."""
+    from producer.show import errors
+
+    with errors.status(f"{words} ..."):
+        yield
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, default=str, ensure_ascii=False))
 
@@ -135,12 +144,7 @@ def up(
     from producer import lab
 
     config = _config()
-    if not as_json:
-        from producer.show import errors
-
-        with errors.status("starting the lab ..."):
-            described = lab.up(config, slots, flower)
-    else:
+    with _busy("starting the lab"):
         described = lab.up(config, slots, flower)
     if as_json:
         _print_json(described)
@@ -157,7 +161,9 @@ def down() -> None:
     from producer import lab
 
     config = _config()
-    print("lab stopped" if lab.down(config) else f"no lab runs in {config.root}")
+    with _busy("stopping the lab; running jobs may end within some seconds"):
+        stopped = lab.down(config)
+    print("lab stopped" if stopped else f"no lab runs in {config.root}")
 
 
 @app.command()
@@ -281,7 +287,8 @@ def run(
     found = catalogue.get(method)
     params = sweeps.parameters(found, context.args)
     started = time.perf_counter()
-    result = found.run(params)
+    with _busy(f"running {method}"):
+        result = found.run(params)
     seconds = time.perf_counter() - started
     fields = json.loads(storable.dump(result))
     if as_json:
@@ -488,8 +495,9 @@ def plot(
 
     config = _config()
     records: dict[str, list[Any]] = {}
-    for record in reading.records(_database(), batch):
-        records.setdefault(record.method, []).append(record)
+    with _busy(f"reading {batch}"):
+        for record in reading.records(_database(), batch):
+            records.setdefault(record.method, []).append(record)
     drawable = [name for name in records if catalogue.get(name).plot is not None]
     if method and method not in drawable:
         raise typer.BadParameter(f"{method} has no figure in this batch; there are: {', '.join(drawable) or 'none'}")
@@ -504,7 +512,8 @@ def plot(
             path = out or Path(f"{batch}.png")
             if len(chosen) > 1:
                 path = path.with_stem(f"{path.stem}-{name.replace('.', '-')}")
-            drawing.draw(plot_of(records[name]), path)
+            with _busy(f"drawing {name}"):
+                drawing.draw(plot_of(records[name]), path)
             print(f"{name}: {path}")
 
 
