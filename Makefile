@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "on Linux some 3 GB with CUDA (for the CPU build: make $(MAKECMDGOALS) TORCH_INDEX=<index of CPU builds>)."
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compute,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compute,embedded,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

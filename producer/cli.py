@@ -7,6 +7,7 @@ or the store would not.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +38,8 @@ BatchName = Annotated[str, typer.Argument(metavar="BATCH", help="Name of a batch
 def main() -> None:
     """Entry point: errors that a user can mend are one message and exit code 2, not a traceback."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+        # Outside standalone mode the code of `typer.Exit` is returned.
+        sys.exit(app(standalone_mode=False) or 0)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
@@ -62,20 +62,30 @@ def _trouble_outside(error: Exception) -> str | None:
     """What to say of a disk or database that would not; None where the error is our own."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; nothing is half done: make room or mend the rights, then do the same again"
+        return f"{where}{error.strerror}; make room or mend the rights, then do the same again"
     database = sys.modules.get("sqlalchemy.exc")  # not imported for verbs that need no store
     if database is not None and isinstance(error, database.OperationalError):
         return (
-            f"the store does not answer ({error.orig}); nothing is half done: see that its disk has room and its "
-            "database is up, then do the same again"
+            f"the store does not answer ({error.orig}); see that its disk has room and its database is up, then do the "
+            "same again: what is done already is not done twice"
         )
     return None
 
 
+class BadSettings(UserError):
+    """An environment variable holds what it cannot."""
+
+
 def _config() -> Any:
+    from pydantic import ValidationError
+
     from netassay.settings import settings
 
-    return settings()
+    try:
+        return settings()
+    except ValidationError as error:
+        told = [f"NETASSAY_{'.'.join(map(str, one['loc'])).upper()}: {one['msg']}" for one in error.errors()]
+        raise BadSettings("; ".join(told)) from None
 
 
 def _database() -> Database:
@@ -113,7 +123,18 @@ def _busy(words: str) -> Iterator[None]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, default=str, ensure_ascii=False))
+    print(json.dumps(_strict(value), default=str, ensure_ascii=False, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """JSON knows no NaN: it is written as in the store, `{"float": "nan"}`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
 
 
 def _version(wanted: bool) -> None:
@@ -436,7 +457,8 @@ def results(
     from netassay.store import reading
     from producer import show
 
-    records = reading.records(_database(), batch)
+    database = _database()
+    records = reading.records(database, batch)
     rows: Iterator[dict[str, Any]] = (show.flat(record) for record in records if not state or record.state == state)
     wanted = [name.strip() for name in columns.split(",") if name.strip()]
     if by:
@@ -450,7 +472,8 @@ def results(
         _write_csv(rows, wanted)
         return
     kept = list(itertools.islice(rows, limit or None))
-    left = sum(1 for _ in rows)
+    counted = not by and not state
+    left = 0 if not limit or len(kept) < limit else _left(database, batch, rows, len(kept), counted)
     if not kept:
         print(f"batch {batch} has no such records")
         return
@@ -458,6 +481,16 @@ def results(
     show.console.print(show.table(names, [[show.cell(row.get(name)) for name in names] for row in kept]))
     if left:
         print(f"... and {left:,} more; all of them: netassay results {batch} --csv (or --json, --limit 0)")
+
+
+def _left(database: Database, batch: str, rows: Iterator[Any], shown: int, counted: bool) -> int:
+    """How many rows follow those shown; `counted`: the rows are the batch's jobs, whose number is known."""
+    if not counted:
+        with _busy("counting"):
+            return sum(1 for _ in rows)
+    from netassay.store import reading
+
+    return reading.progress(database, batch).size - shown
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -519,14 +552,18 @@ def plot(
 
 @app.command()
 def logs(key: Annotated[str, typer.Argument(help="A job's key, or its beginning.")]) -> None:
-    """The attempts of a job: when its process died, why, and the last it wrote."""
+    """What is known of a job's failure: its message with traceback; when its process died, why, and its last words."""
     from datetime import datetime
 
     from netassay.store import reading
 
-    attempts = reading.attempts(_database(), key)
+    database = _database()
+    attempts, end = reading.attempts(database, key), reading.end_of(database, key)
+    print(f"job {key}: {end.state}{f' with cause {end.cause}' if end.cause else ''}")
+    for line in end.message.splitlines():
+        print(f"    {line}")
     if not attempts:
-        print(f"no process died while it ran job {key}; a failure's own message is in: netassay results")
+        print("no process died while it ran")
     for number, attempt in enumerate(attempts, 1):
         when = datetime.fromtimestamp(attempt.started_at).isoformat(" ", "seconds")
         with_others = "alone" if attempt.alone else "in a group"

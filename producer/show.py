@@ -79,7 +79,7 @@ def watch(database: Database, name: str, timeout: float | None = None) -> Progre
     from netassay.store import reading
     from netassay.store.database import Outage
 
-    began = time.monotonic()
+    began = moved = time.monotonic()
     batch = reading.progress(database, name)
     first = batch.ended
     columns = (
@@ -104,7 +104,11 @@ def watch(database: Database, name: str, timeout: float | None = None) -> Progre
                 return batch
             time.sleep(0.1 if passed < 5 else 0.3)
             try:
-                batch = reading.progress(database, name)
+                before, batch = batch, reading.progress(database, name)
+                moved = time.monotonic() if batch.ended != before.ended else moved
+                if time.monotonic() - moved > QUIET_SECONDS and not reading.workers(database):
+                    bars.update(bar, note="[yellow]no worker runs; start one with: netassay up[/yellow]")
+                    time.sleep(1.0)
             except Outage as error:
                 bars.update(bar, note=f"[yellow]the store does not answer ({error.orig})[/yellow]")
 
@@ -117,7 +121,7 @@ def flat(record: Record) -> dict[str, Any]:
     for name, value in (record.result or {}).items():
         row[name if name not in row else f"result.{name}"] = _plain(value)
     row["seconds"] = record.seconds
-    row["cause"], row["message"] = record.cause, record.message.partition("\n")[0]
+    row["cause"], row["message"] = record.cause, record.message
     return row
 
 
@@ -125,6 +129,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping) and "array" in value and "dtype" in value:
         return f"array {'x'.join(map(str, value['shape']))}"
     return value
+
+
+#: A batch that has not moved for so long may have nobody who works on it.
+QUIET_SECONDS = 3.0
 
 
 class NoSuchColumn(UserError, LookupError):
@@ -175,5 +183,5 @@ def cell(value: Any) -> str:
     """A value for a narrow column."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = "" if value is None else str(value)
+    text = "" if value is None else str(value).partition("\n")[0]
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from netassay.store import dispatching, running
+from netassay.store.database import Database
+from netassay.store.running import Outcome
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -171,3 +175,52 @@ def test_the_light_verbs_import_no_heavy_library(cli: Cli, words: list[str]) -> 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_settings_that_make_no_sense_are_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "producer.cli", "status"],
+        cwd=tmp_path, env=os.environ | {"NETASSAY_SLOTS": "many"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "NETASSAY_SLOTS" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_watch_ends_with_0_if_all_is_done_1_if_not_and_3_if_cancelled(cli: Cli, tmp_path: Path) -> None:
+    store = Database(f"sqlite:///{tmp_path}/.netassay/store.sqlite")
+    for name in ("good", "bad", "stopped"):
+        cli("submit", sweep(tmp_path, f"jobs: {{method: diagnostics.echo, params: {{tag: {len(name)}}},"
+                            " grid: {value: {range: [0, 3]}}}", f"{name}.yaml"), "--name", name)  # fmt: skip
+    cli("watch", "good", "--timeout", "0", code=1)
+    worker = running.sign_on(store, "worker", "host", 1, 1)
+    with store.read() as connection:
+        batches = dispatching.open_batches(connection)
+    for batch in batches:
+        while message := _publish(store, batch):
+            claim = running.claim(store, worker, message.chunk_id)
+            assert claim is not None
+            ends = [
+                Outcome(task.id, "failed", "error", "first line\nsecond line") if batch.name == "bad" else
+                Outcome(task.id, "done", result="{}")
+                for task in claim.tasks
+            ]  # fmt: skip
+            if batch.name != "stopped":
+                running.finish(store, worker, claim, ends)
+            else:
+                break
+    cli("cancel", "stopped")
+    running.sign_off(store, worker)
+    cli("watch", "good", code=0)
+    cli("watch", "good", "--json", code=0)
+    failed = cli("watch", "bad", code=1).stdout
+    assert "3 failed with cause error" in failed
+    cli("watch", "stopped", code=3)
+    rows = [json.loads(line) for line in cli("results", "bad", "--json").stdout.splitlines()]
+    assert {row["message"] for row in rows} == {"first line\nsecond line"}
+    assert "second line" in cli("logs", rows[0]["job"]).stdout
+
+
+def _publish(store: Database, batch: dispatching.OpenBatch) -> dispatching.Message | None:
+    with store.write() as connection:
+        return dispatching.publish_next(connection, batch, 1)

@@ -159,7 +159,9 @@ def test_a_worker_without_a_store_ends_and_takes_no_messages() -> None:
 def test_a_lab_that_cannot_start_says_why_and_leaves_nothing() -> None:
     require_redis()
     with embedded(start=False) as lab:
-        with variables({"XDG_RUNTIME_DIR": str(lab.home / ("long" * 25))}):
+        long = lab.home / ("long" * 25)
+        long.mkdir()
+        with variables({"TMPDIR": str(long)}):
             with pytest.raises(embedded_lab.LabError, match="ended at once"):
                 embedded_lab.up(lab.config, 1, flower=False)
             assert "too long for a unix socket" in lab.logs()

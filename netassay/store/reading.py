@@ -202,6 +202,28 @@ def attempts(database: Database, key: str) -> list[AttemptSeen]:
         return [AttemptSeen(row[0], row[1], row[2], bool(row[3]), row[4], row[5], row[6]) for row in rows]
 
 
+@dataclass(frozen=True)
+class End:
+    """How a job stands: its state, and of a failure the cause and the whole message, traceback included."""
+
+    state: str
+    cause: str
+    message: str
+
+
+def end_of(database: Database, key: str) -> End:
+    """How the job whose key starts so stands. Raises NoSuchJob."""
+    with database.read() as connection:
+        job_id = _job_id(connection, key)
+        row = connection.execute(
+            text("SELECT state, cause, message FROM record WHERE job_id = :id"), {"id": job_id}
+        ).one_or_none()
+        if row is not None:
+            return End(row.state, row.cause, row.message)
+        running = connection.execute(text("SELECT 1 FROM running WHERE job_id = :id"), {"id": job_id}).one_or_none()
+        return End("running" if running else "pending", "", "")
+
+
 def _job_id(connection: Connection, key: str) -> int:
     try:
         low = bytes.fromhex(key + "0" * (32 - len(key)))
