@@ -29,14 +29,18 @@ log = structlog.get_logger("netassay.dispatch")
 TASK, QUEUE = "netassay.run_chunk", "netassay"
 KEY_PREFIX = "netassay:"
 
-#: Published chunks a slot: one to start at once when the running one ends, one in reserve.
+#: Most published chunks a slot. Fewer where they are long: what waits in Redis is what a newcomer waits for.
 CHUNKS_A_SLOT = 2
 #: A message overtaken by a later one for so long is lost. A worker claims within milliseconds of its pop.
 OVERTAKEN_SECONDS = 3.0
 #: So long after publication, with nothing left in the Redis list, an unclaimed chunk's message is lost.
 UNCLAIMED_SECONDS = 5.0
+#: A worker whose renewal waited for the store's write lock gets so long, once it is free, to show its sign of life.
+RENEWAL_SECONDS = 2.0
 #: Between passes while there is work, and while there is none.
 BUSY_PAUSE, IDLE_PAUSE = 0.02, 0.2
+#: What reads a whole batch, or all that wait for their networks, is done at most once in so many times as it takes.
+SCAN_FACTOR = 10.0
 #: After Redis or the store did not answer.
 OUTAGE_PAUSE = 1.0
 #: Questions that cost a scan (is a batch finished, hopeless) are asked so often.
@@ -116,6 +120,8 @@ class Sighting:
 
     counter: int
     still: float = 0.0
+    had_its_chance: bool = False
+    """The write lock was seen free since the counter stood still, so a renewal that waited for it could go through."""
 
 
 @dataclass
@@ -132,7 +138,8 @@ class Dispatcher:
     _served: dict[int, float] = field(default_factory=dict)
     _looked: float = -1.0
     _tidied: float = -math.inf
-    _kept_house: float = -1.0
+    _keep_house_again: float = -math.inf
+    _settle_again: float = -math.inf
 
     def one_pass(self) -> bool:
         """Look once and do what is due. True if anything was published or taken back (so another pass may be worth it).
@@ -146,12 +153,18 @@ class Dispatcher:
         changed = False
         if faults.guarded("reconciler"):
             changed = self._lost_workers(workers, now)
-            self._looked = now
+            self._looked = now = self.clock()
             changed = self._lost_messages(workers, pending, now) or changed
-        if now - self._kept_house >= HOUSEKEEPING_SECONDS:
+        if now >= self._keep_house_again:
+            began = self.clock()
             self._keep_house()
-            self._kept_house = now
-        changed = bool(dispatching.settle_needs(self.database)) or changed
+            self._keep_house_again = now + max(HOUSEKEEPING_SECONDS, SCAN_FACTOR * (self.clock() - began))
+        if now >= self._settle_again:
+            began = self.clock()
+            changed = bool(dispatching.settle_needs(self.database)) or changed
+            took = self.clock() - began
+            # It reads all that waits: with 100,000 networks that must not be all this loop does.
+            self._settle_again = began + SCAN_FACTOR * took
         slots = sum(worker.slots for worker in workers)
         return self._publish(max(1, slots)) or changed
 
@@ -159,17 +172,24 @@ class Dispatcher:
         """Take back what workers hold whose counter stood still while we looked.
 
         Only time between two looks in quick succession counts: if we could not read, or were ourselves asleep, we do
-        not know what they did meanwhile.
+        not know what they did meanwhile. And a worker that could not write because somebody held the lock all the time
+        is not lost: near the end of the wait the lock is taken once, and the rest is counted from there.
         """
         passed = now - self._looked if self._looked >= 0 and now - self._looked < 2.0 else 0.0
         changed = False
+        chance = self.lost_after - min(RENEWAL_SECONDS, self.lost_after / 2)
         self._workers = {worker.id: self._workers.get(worker.id, Sighting(-1)) for worker in workers}
         for worker in workers:
             seen = self._workers[worker.id]
             if seen.counter != worker.counter:
-                seen.counter, seen.still = worker.counter, 0.0
+                seen.counter, seen.still, seen.had_its_chance = worker.counter, 0.0, False
                 continue
             seen.still += passed
+            if seen.still >= chance and not seen.had_its_chance:
+                with self.database.write():
+                    pass
+                seen.still, seen.had_its_chance = chance, True
+                continue
             if seen.still > self.lost_after:
                 chunks = dispatching.reclaim(self.database, worker.id, worker.counter)
                 if chunks is not None:
@@ -218,7 +238,7 @@ class Dispatcher:
     def _publish(self, slots: int) -> bool:
         """Fill Redis up, batch by batch: the next chunk is of the batch that has had least for its weight."""
         with self.database.read() as connection:
-            if dispatching.published(connection) >= CHUNKS_A_SLOT * slots:
+            if self._full(dispatching.waiting(connection), slots):
                 return False
             batches = dispatching.open_batches(connection)
         if not batches:
@@ -230,8 +250,8 @@ class Dispatcher:
             floor = min((self._served[b.id] for b in batches if b.id in self._served), default=0.0)
             self._served = {b.id: max(self._served.get(b.id, floor), floor) for b in batches}
             # Counted again under the lock: another dispatcher may have filled it up.
-            room = CHUNKS_A_SLOT * slots - dispatching.published(connection)
-            while room > len(messages) and batches:
+            there = dispatching.waiting(connection)
+            while batches and not self._full(there, slots):
                 batch = min(batches, key=lambda b: (self._served[b.id], b.id))
                 message = dispatching.publish_next(connection, batch, slots)
                 if message is None:
@@ -239,6 +259,7 @@ class Dispatcher:
                     continue
                 self._served[batch.id] += max(message.seconds, 1e-3) / batch.weight
                 messages.append(message)
+                there = dispatching.Waiting(there.chunks + 1, there.seconds + message.seconds)
         faults.reach("dispatch.marked")
         try:
             if messages:
@@ -249,6 +270,13 @@ class Dispatcher:
             raise
         faults.reach("dispatch.sent")
         return bool(messages)
+
+
+    @staticmethod
+    def _full(there: dispatching.Waiting, slots: int) -> bool:
+        """Whether Redis holds enough: a chunk a slot, or two where they are short."""
+        enough = there.chunks >= slots and there.seconds >= dispatching.CHUNK_SECONDS * slots
+        return enough or there.chunks >= CHUNKS_A_SLOT * slots
 
 
 def serve(config: Settings, stop: threading.Event) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -161,3 +163,39 @@ def test_a_point_on_the_sphere_is_inside_only_as_far_as_rounding_can_tell() -> N
     points = torch.tensor([[3.0, 3.99], [3.0, 4.01], [0.0, 1 / 3]], dtype=F64).float().double()
     points[2, 1] = 1 / 3  # not a float32
     assert attacks.contains(region, points).tolist() == [True, False, False]
+
+
+def test_a_point_is_inside_an_l2_ball_only_where_exact_arithmetic_says_so() -> None:
+    generator = np.random.default_rng(4)
+    outside = 0
+    for _ in range(300):
+        centre, point = (generator.uniform(size=3).astype(np.float32).astype(float) for _ in range(2))
+        exact = sum((Fraction(p) - Fraction(c)) ** 2 for p, c in zip(point, centre, strict=True))
+        # Radii about the exact distance: on one side of it or on the other.
+        for radius in (near := float(exact) ** 0.5, np.nextafter(near, 0), np.nextafter(near, 9), near * (1 + 1e-12)):
+            region = Ball("2", torch.tensor(centre[None]), torch.tensor([radius], dtype=F64))
+            inside = bool(attacks.contains(region, torch.tensor(point[None])))
+            assert not inside or exact <= Fraction(float(radius)) ** 2
+            outside += not inside
+        assert inside, "room enough for rounding"
+    assert outside > 300
+
+
+def test_many_starts_of_a_large_batch_are_drawn_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(5)
+    graph = network(generator)
+    region = images(graph, generator, 9, "inf", 0.1)
+    labels = labels_of(graph, region)
+    whole = attacks.pgd(graph, region, labels, steps=3, restarts=50, seeds=range(9))
+    sizes: list[int] = []
+    descend = attacks._descend
+
+    def counting(surrogate: object, part: Ball, box: object, wanted: object, x: torch.Tensor, steps: int) -> object:
+        sizes.append(x.shape[0] * x.shape[1])
+        return descend(surrogate, part, box, wanted, x, steps)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attacks, "_descend", counting)
+    monkeypatch.setattr(attacks, "_ROWS", 100)
+    parts = attacks.pgd(graph, region, labels, steps=3, restarts=50, seeds=range(9))
+    assert torch.equal(parts.points, whole.points)
+    assert max(sizes) <= 100

@@ -43,6 +43,15 @@ def test_values_lie_in_0_to_1_and_reach_both_ends(name: str) -> None:
     assert x.max() == 1.0
 
 
+@pytest.mark.parametrize("name", data.names())
+def test_values_are_float32_numbers(name: str) -> None:
+    x = data.load(name).x
+    assert (x == x.astype(np.float32).astype(np.float64)).all()
+    raw = getattr(sklearn.datasets, f"load_{name}")().data
+    low, high = (0, 16) if name == "digits" else (raw.min(axis=0), raw.max(axis=0))
+    assert (np.abs(x.reshape(raw.shape) - (raw - low) / (high - low)) <= 2.0**-25).all()  # half a unit below 1
+
+
 def test_digits_are_sixteenths_and_others_min_max_by_feature() -> None:
     digits, iris = data.load("digits").x, data.load("iris").x
     assert (digits * 16 == np.round(digits * 16)).all()

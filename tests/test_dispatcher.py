@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -249,6 +251,21 @@ def test_a_given_back_range_that_proved_slow_is_cut_smaller(lab: Lab) -> None:
     assert jobs_in(lab.database, "published") == 99
 
 
+def test_what_a_split_range_leaves_stays_in_one_piece(lab: Lab) -> None:
+    submit(lab.database, "a", jobs(range(3)), jobs(range(10, 1011), seconds=0.002))
+    publish(lab.database)
+    ((segment,),) = rows(lab.database, "SELECT max(id) FROM segment")
+    with lab.database.write() as connection:
+        connection.exec_driver_sql("UPDATE chunk SET state = 'ready' WHERE state = 'published'")
+        connection.exec_driver_sql(f"UPDATE segment SET seconds = 1.0 WHERE id = {segment}")
+    before = rows(lab.database, f"SELECT stop - start FROM chunk WHERE segment_id = {segment} ORDER BY id")
+    assert before == [(1,), (1000,)]
+    publish(lab.database, most=4)
+    after = rows(lab.database, f"SELECT stop - start FROM chunk WHERE segment_id = {segment} ORDER BY id")
+    assert after == [(1,), (2,), (998,)]
+    audit(lab.database)
+
+
 @pytest.mark.parametrize("slots", [3, 8])
 def test_the_end_of_a_segment_is_dealt_out_evenly(lab: Lab, slots: int) -> None:
     count = 301
@@ -355,6 +372,23 @@ def test_hopeless_and_finished_batches_are_noticed_within_a_second(lab: Lab) -> 
         20 <= reading.progress(lab.database, "bad").failed <= 20 + 3 * CHUNKS_A_SLOT
     )  # what a second of passes brings
     assert rows(lab.database, "SELECT state FROM batch WHERE name = 'good'") == [("finished",)]
+
+
+def test_what_waits_is_looked_through_a_tenth_of_the_time_at_most(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def slowly(database: Database) -> int:
+        looked.append(lab.now)
+        lab.now += 0.3
+        return 0
+
+    monkeypatch.setattr(dispatching, "settle_needs", slowly)
+    for _ in range(1000):
+        lab.now += 0.02
+        lab.one_pass()
+    assert len(looked) >= 6
+    assert min(after - before for before, after in itertools.pairwise(looked)) >= 3.0 - 1e-9
+    assert max(after - before for before, after in itertools.pairwise(looked)) <= 3.0 + 0.03
 
 
 def test_a_blocked_chunk_runs_when_the_other_batch_is_done_with_its_jobs(lab: Lab) -> None:
@@ -559,6 +593,45 @@ def test_a_worker_that_renews_is_never_lost_however_long_its_job(lab: Lab) -> No
     lab.wait(300.0, worker, step=1.0)
     finish(lab.database, worker, claim)
     assert recount(lab.database, "a") == (1, 0, 0)
+
+
+@pytest.mark.parametrize("held", [12.0, 60.0])
+def test_a_worker_that_waits_for_a_held_write_lock_is_not_lost(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, held: float
+) -> None:
+    worker = sign_on(lab.database)
+    lab.settle()
+    free_at = lab.now + held
+    write = lab.database.write
+
+    def when_free(durable: bool = False) -> AbstractContextManager[Connection]:
+        lab.now = max(lab.now, free_at)
+        return write(durable)
+
+    monkeypatch.setattr(lab.database, "write", when_free)
+    monkeypatch.setattr("producer.dispatch.HOUSEKEEPING_SECONDS", 1e9)  # else that waits for the lock first
+    while lab.now < free_at:
+        lab.now += 0.5
+        lab.one_pass()
+    for _ in range(3):  # the lock is free, but the dispatcher is quicker than the worker
+        lab.now += 0.5
+        lab.one_pass()
+    assert not running.renew(lab.database, worker, {}).lost
+    lab.wait(5.0)
+    assert not running.renew(lab.database, worker, {}).lost, "the sign of life counts like any other"
+    lab.wait(11.0)
+    assert reading.workers(lab.database) == [], "and the dead are noticed as before"
+
+
+@pytest.mark.parametrize("lost_after", [1.0, 4.0, 10.0])
+def test_the_look_at_the_lock_does_not_delay_the_loss(lab: Lab, lost_after: float) -> None:
+    sign_on(lab.database)
+    lab.dispatcher.lost_after = lost_after
+    lab.settle()
+    lab.wait(lost_after, step=0.25)
+    assert len(reading.workers(lab.database)) == 1
+    lab.wait(0.5, step=0.25)
+    assert reading.workers(lab.database) == []
 
 
 def test_a_dispatcher_that_slept_blames_no_worker(lab: Lab) -> None:

@@ -376,18 +376,151 @@ def test_products_and_sums_become_one_dense() -> None:
     assert first.weight.shape == (7, 12)
 
 
-def test_normalisation_after_a_convolution_vanishes_into_it_and_alone_is_a_scale() -> None:
-    assert [type(op) for op in onnx_file.read(normalised_net(9, "Conv")).operations] == [Conv]
-    assert [type(op) for op in onnx_file.read(normalised_net(9, "Relu")).operations] == [Relu, Scale]
+def test_normalisation_is_its_definition_step_by_step() -> None:
+    after_conv, after_relu = (onnx_file.read(normalised_net(15, after)) for after in ("Conv", "Relu"))
+    # The mean is the bias of a convolution that has none; the root, then gain and offset, are operations of their own.
+    assert [type(op) for op in after_conv.operations] == [Conv, Scale, Scale]
+    assert [type(op) for op in after_relu.operations] == [Relu, Scale, Scale, Scale]
+    model = onnx.load_model_from_string(normalised_net(15, "Relu"))
+    gain, offset, mean, variance = (numpy_helper.to_array(t).astype(float) for t in model.graph.initializer)
+    centred, divided, gained = onnx_file.read(model.SerializeToString()).operations[1:]
+    assert isinstance(centred, Scale)
+    assert isinstance(divided, Scale)
+    assert isinstance(gained, Scale)
+    assert (centred.shift.ravel() == -mean).all()
+    np.testing.assert_allclose(divided.scale.ravel(), (variance + np.float32(1e-3)) ** -0.5, rtol=1e-15)
+    assert (gained.scale.ravel() == gain).all()
+    assert (gained.shift.ravel() == offset).all()
 
 
 def test_scale_broadcasts_against_the_values_shape() -> None:
     graph = onnx_file.read(HAND_MADE["elementwise"]())
-    (scale,) = graph.operations
-    assert isinstance(scale, Scale)
-    assert (
-        np.broadcast_shapes(scale.scale.shape, scale.shift.shape, graph.input_shape) == graph.input_shape == (3, 2, 5)
+    for scale in graph.operations:
+        assert isinstance(scale, Scale)
+        assert (
+            np.broadcast_shapes(scale.scale.shape, scale.shift.shape, graph.input_shape)
+            == graph.input_shape
+            == (3, 2, 5)
+        )
+
+
+@for_all(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_row_of_shifts_and_scales_rounds_in_float32_as_a_runtime_does_bit_for_bit(choose: st.DataObject) -> None:
+    """Constants of very different sizes, so that sums cancel: nothing may be merged in higher precision."""
+    parts = choose.draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["Add", "Sub", "Mul"]),
+                st.sampled_from([-4096, -64.25, -1, -0.3, 0, 0.1, 1, 3, 64, 1000, 2.0**20]).map(np.float32),
+                st.booleans(),
+            ),
+            min_size=1,
+            max_size=6,
+        )
     )
+    data = chain(*parts, shape=["n", 64])
+    x = np.linspace(-3, 3, 64, dtype=np.float32)[None]
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    ours = evaluate.forward(onnx_file.read(data), torch.tensor(x)).numpy()
+    np.testing.assert_array_equal(ours, session.run(None, {"x": x})[0])
+
+
+def shifted_net(size: float, after: bool) -> bytes:
+    """A shift and its inverse, before or after a Gemm with a bias."""
+    first, last = ("p", "y") if after else ("x", "d")
+    shifts = [node("Add", first, "c", to="s"), node("Sub", "s", "c", to=last)]
+    gemm = [node("Gemm", "x" if after else "d", "w", "b", to="p" if after else "y")]
+    constants = {"w": draw(4, 3), "b": draw(3), "c": np.float32(size)}
+    return make_model(gemm + shifts if after else shifts + gemm, ["n", 4], constants)
+
+
+def cancelling_normalised_net(conv: bool) -> bytes:
+    """Means far above the values, and offsets that cancel them: with one scale, the shift would be near 0."""
+    mean = np.array([50, -200, 1000], np.float32)
+    variance, gain = np.array([0.1, 3, 40], np.float32), np.array([1, 2, -0.7], np.float32)
+    nodes = [node("Conv", "x", "k", "b", to="c")] if conv else []
+    nodes.append(node("BatchNormalization", "c" if conv else "x", "g", "o", "m", "v"))
+    normalisation = {"g": gain, "o": gain * mean / np.sqrt(variance), "m": mean, "v": variance}
+    kernel = {"k": draw(3, 3, 2, 2), "b": draw(3)} if conv else {}
+    return make_model(nodes, ["n", 3, 4, 4], normalisation | kernel, 15)
+
+
+ROUNDED: dict[str, Callable[[], bytes]] = {
+    **{
+        f"shifted by {size}, {where}": lambda size=size, after=where == "after": shifted_net(size, after)
+        for size in (16, 64, 1000)
+        for where in ("before", "after")
+    },
+    "normalised": lambda: cancelling_normalised_net(conv=False),
+    "normalised after a convolution": lambda: cancelling_normalised_net(conv=True),
+    "gemm, alpha and beta": lambda: make_model(
+        [node("Gemm", "x", "w", "b", alpha=1 / 3, beta=0.7)], ["n", 9], {"w": draw(9, 4), "b": draw(4)}
+    ),
+    "divided": lambda: chain(("Div", draw(6), False), ("Add", draw(6), False), shape=["n", 6]),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_runtime_errs_by_no_more_than_the_operations_of_the_graph_round(name: str, optimised: bool) -> None:
+    """|float32 - exact| <= e with e(W x + b) = |W| e(x) + (n + 2) u (|W| |x| + |b|), u = 2^-24, n terms in a sum."""
+    data = ROUNDED[name]()
+    graph = onnx_file.read(data)
+    options = onnxruntime.SessionOptions()
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(3).uniform(-1, 1, size=(500, *graph.input_shape)).astype(np.float32)
+    exact, error = torch.tensor(x).double(), torch.zeros(x.shape, dtype=torch.float64)
+    for op in graph.operations:
+        if isinstance(op, Dense | Conv | Scale):
+            first, second = evaluate.constants(op, torch.float64, torch.device("cpu"))
+            terms = 1 if isinstance(op, Scale) else math.prod(op.weight.shape[1:])
+            bound = {op: (first.abs(), second.abs())}
+            moved = evaluate.apply(op, error, {op: (first.abs(), torch.zeros_like(second))})
+            error = moved + (terms + 2) * 2.0**-24 * 1.001 * evaluate.apply(op, exact.abs() + error, bound)
+        exact = evaluate.apply(op, exact)
+    found = torch.tensor(session.run(None, {"x": x})[0]).double()
+    assert ((found - exact).abs() <= error).all()
+
+
+def test_a_shift_is_a_bias_once_and_an_operation_the_second_time() -> None:
+    nodes = [node("MatMul", "x", "w", to="a"), node("Add", "a", "b", to="c"), node("Sub", "c", "b", to="y")]
+    bias = draw(3)
+    dense, shift = onnx_file.read(make_model(nodes, ["n", 4], {"w": draw(4, 3), "b": bias})).operations
+    assert isinstance(dense, Dense)
+    assert isinstance(shift, Scale)
+    assert (dense.bias == bias).all()
+    assert (shift.shift == -bias).all()
+
+
+def test_a_scale_after_a_product_is_not_multiplied_into_its_weights() -> None:
+    nodes = [node("MatMul", "x", "w", to="a"), node("Mul", "a", "f", to="y")]
+    weight = draw(4, 3)
+    dense, scale = onnx_file.read(make_model(nodes, ["n", 4], {"w": weight, "f": draw(3)})).operations
+    assert isinstance(dense, Dense)
+    assert isinstance(scale, Scale)
+    assert (dense.weight == weight.T).all()
+
+
+@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div"])
+def test_arithmetic_on_two_constants_is_done_in_float32_as_a_runtime_does(kind: str) -> None:
+    left, right = draw(5), draw(5)
+    nodes = [node(kind, "l", "r", to="c"), node("Add", "x", "c", to="y")]
+    data = make_model(nodes, ["n", 5], {"l": left, "r": right})
+    (shift,) = onnx_file.read(data).operations
+    assert isinstance(shift, Scale)
+    expected = {"Add": left + right, "Sub": left - right, "Mul": left * right, "Div": left / right}[kind]
+    assert expected.dtype == np.float32
+    assert (shift.shift == expected).all()
+    assert_agrees(data, exactly=False)
+
+
+@pytest.mark.parametrize("shape", [["n", 2, 4], [1, 4], [1, 1, 4]])
+def test_a_weight_with_leading_axes_of_length_one_is_a_matrix(shape: list[int | str | None]) -> None:
+    graph = assert_agrees(make_model([node("MatMul", "x", "w")], shape, {"w": draw(1, 4, 3)}))
+    assert [op.weight.shape for op in graph.operations if isinstance(op, Dense)] == [(3, 4)]
 
 
 def test_neutral_shifts_and_scales_leave_no_operation() -> None:
@@ -470,6 +603,21 @@ def test_a_changed_byte_is_read_or_refused_but_never_crashes(place: int, byte: i
 _SMALL = gemm_net(13)
 
 
+def normalised_with(**constants: np.ndarray) -> bytes:
+    given = {"s": np.ones(3), "o": np.zeros(3), "m": np.zeros(3), "v": np.ones(3)} | constants
+    return make_model([node("BatchNormalization", "x", "s", "o", "m", "v")], ["n", 3], given, 15)
+
+
+def sparse_net() -> bytes:
+    model = onnx.load_model_from_string(make_model([node("MatMul", "x", "w")], [1, 2], {"w": draw(2, 2)}))
+    del model.graph.initializer[:]
+    values = numpy_helper.from_array(np.array([2.0], np.float32), "w")
+    places = numpy_helper.from_array(np.array([1]), "w.places")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [2, 2]))
+    data: bytes = model.SerializeToString()
+    return data
+
+
 REFUSED: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
     "operator": (
         lambda: make_model([node("Sigmoid", "x")], [1, 2], {}),
@@ -520,6 +668,45 @@ REFUSED: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
         lambda: make_model([node("Div", "x", "c")], [1, 3], {"c": np.array([1, 0, 2], np.float32)}),
         onnx_file.UnsupportedOperator,
         "by zero",
+    ),
+    "division by next to nothing": (
+        lambda: make_model([node("Div", "x", "c")], [1, 3], {"c": np.array([1, 1e-42, 2], np.float32)}),
+        onnx_file.NetworkFileError,
+        "the scale of node Div to y is NaN or beyond float32",
+    ),
+    "negative variance": (
+        lambda: normalised_with(v=np.array([1, -0.5, 1], np.float32)),
+        onnx_file.NetworkFileError,
+        "node BatchNormalization to y is NaN or beyond float32",
+    ),
+    "gain times root beyond float32": (
+        lambda: normalised_with(v=np.zeros(3, np.float32), s=np.full(3, 3e38, np.float32)),
+        onnx_file.NetworkFileError,
+        "node BatchNormalization to y is NaN or beyond float32",
+    ),
+    "alpha times weight beyond float32": (
+        lambda: make_model([node("Gemm", "x", "w", alpha=1e20)], [1, 2], {"w": np.full((2, 2), 1e20, np.float32)}),
+        onnx_file.NetworkFileError,
+        "the weight of node Gemm to y is NaN or beyond float32",
+    ),
+    "bias beyond float32": (
+        lambda: make_model(
+            [node("Gemm", "x", "w", "b", beta=1e20)], [1, 2], {"w": draw(2, 2), "b": np.full(2, 1e20, np.float32)}
+        ),
+        onnx_file.NetworkFileError,
+        "the bias of node Gemm to y is NaN or beyond float32",
+    ),
+    "constants that divide to infinity": (
+        lambda: make_model(
+            [node("Div", "a", "b", to="c"), node("Add", "x", "c")], [1, 1], {"a": np.float32(1), "b": np.float32(0)}
+        ),
+        onnx_file.NetworkFileError,
+        "'c' of node Add to y holds NaN or infinity",
+    ),
+    "sparse weight": (
+        sparse_net,
+        onnx_file.UnsupportedOperator,
+        "tensor 'w' is stored sparse",
     ),
     "old operator set": (
         lambda: make_model([node("Relu", "x")], [1, 3], {}, opset=7),

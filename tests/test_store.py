@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -33,8 +34,9 @@ from store_by_hand import (
 )
 
 from netassay.job import CAUSES, DETERMINISTIC
-from netassay.store import control, dispatching, reading, running, submission, tables
+from netassay.store import artifacts, control, dispatching, reading, running, submission, tables
 from netassay.store.database import SCHEMA, Database, StoreError
+from netassay.store.reset import forget_records
 from netassay.store.running import Claim, Death, Outcome, StaleToken, Task
 from netassay.store.submission import NameTaken
 
@@ -103,6 +105,115 @@ def test_a_name_taken_while_the_batch_arrives_is_refused_and_swept_up(database: 
 
     assert rows(database, "SELECT name, state, size FROM batch") == [("a", "open", 5)]
     assert rows(database, "SELECT count(*) FROM membership") == [(5,)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.75])
+def test_a_submission_that_is_broken_off_sweeps_up_after_itself(database: Database, share: float) -> None:
+    def interrupt(done: float) -> None:
+        if done >= share:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        submission.submit(database, "a", [jobs(range(9)), jobs(range(9, 12))], {}, progress=interrupt)
+
+    for table in ("batch", "membership", "segment"):
+        assert rows(database, f"SELECT count(*) FROM {table}") == [(0,)]
+    assert submit(database, "a", jobs(range(12))).size == 12
+
+
+def test_a_removal_that_breaks_off_is_found_again_and_its_batch_never_opens(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Died(BaseException):
+        pass
+
+    def die(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("DELETE FROM batch"):
+            raise Died
+
+    def thought_dead(share: float) -> None:
+        """Its memberships are written; somebody takes it for dead, and dies in turn while removing it."""
+        if share < 0.75 or rows(database, "SELECT count(*) FROM membership") == [(0,)]:
+            return
+        monkeypatch.setattr(submission, "ABANDONED_SECONDS", -1.0)
+        event.listen(database.engine, "before_cursor_execute", die)
+        with pytest.raises(Died):
+            submission.discard_abandoned(database)
+        event.remove(database.engine, "before_cursor_execute", die)
+        assert rows(database, "SELECT state FROM batch") == [("arriving",)]
+
+    with pytest.raises(StoreError, match="taken for dead"):
+        submission.submit(database, "a", [jobs(range(9))], {}, progress=thought_dead)
+
+    assert rows(database, "SELECT count(*) FROM batch") == [(0,)]
+    assert rows(database, "SELECT count(*) FROM membership") == [(0,)]
+
+
+def test_segments_in_number_cost_no_transactions_and_no_scans(database: Database, worker: int) -> None:
+    """A network for each job: so many segments. Neither submitting nor publishing nor retrying looks at all of them."""
+    statements: dict[str, tuple] = {}
+    begun = []
+
+    def note(connection: Connection, cursor: object, statement: str, parameters: tuple, *_: object) -> None:
+        if "segment" in statement and not statement.startswith("INSERT"):
+            statements[statement] = parameters
+        if statement == "BEGIN IMMEDIATE":
+            begun.append(statement)
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    submit(database, "a", *(jobs([number], group=f"{number}.onnx") for number in range(500)), jobs(range(500, 600)))
+    assert len(begun) < 10
+    drain(database, worker, failed("time"))
+    assert control.retry(database, "a") == 600
+    drain(database, worker)
+    event.remove(database.engine, "before_cursor_execute", note)
+    assert recount(database, "a") == (600, 0, 0)
+    audit_at_rest(database)
+
+    assert any("ORDER BY s.start LIMIT 1" in statement for statement in statements)
+    with database.read() as connection:
+        for statement, parameters in statements.items():
+            steps = [row[3] for row in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + statement, parameters)]
+            # What waits for its needs has an index of its own, read in full.
+            bad = [
+                step
+                for step in steps
+                if (step.startswith(("SCAN s", "SCAN segment")) and not step.endswith("USING INDEX segment_waiting"))
+                or "TEMP B-TREE" in step
+            ]
+            assert not bad, f"{statement}: {steps}"
+            for condition, index in ((dispatching.FRESH, "segment_fresh"), (dispatching.LEFT, "segment_left")):
+                if condition in statement:
+                    assert any(f"INDEX {index} " in step for step in steps), f"{statement}: {steps}"
+
+
+def test_a_retry_lets_exactly_the_segments_wait_that_need_or_hold_a_retried_job(
+    database: Database, worker: int
+) -> None:
+    submit(
+        database,
+        "a",
+        builder("r", "q"),
+        jobs([1], recipes=("r",)),
+        jobs([2, 3], recipes=("q",)),
+        jobs([4]),
+        jobs([5, 6], recipes=("q",)),
+    )
+    drain(database, worker)
+    job = {number: place for place, number in enumerate((None, None, None, 1, 2, 3, 4, 5, 6)) if number}
+
+    def waiting_after(*retried: int) -> list[int]:
+        with database.write() as connection:
+            connection.exec_driver_sql("UPDATE segment SET waiting = 0")
+            forget_records(connection, retried)
+            found = connection.exec_driver_sql("SELECT start FROM segment WHERE waiting = 1 ORDER BY start")
+            return [row[0] for row in found]
+
+    assert waiting_after(job[3]) == [3]
+    assert waiting_after(job[4]) == []
+    assert waiting_after(job[1], job[6]) == [2, 6]
+    assert waiting_after(1) == [2]
+    assert waiting_after(2) == [3, 6]
 
 
 def test_two_names_share_the_rows_of_their_common_jobs(database: Database, worker: int) -> None:
@@ -194,6 +305,20 @@ def test_a_submission_that_breaks_off_anywhere_leaves_nothing_visible_and_can_be
         assert len(drain(database, sign_on(database))) == 40
         assert rows(database, "SELECT count(*), count(DISTINCT job_id) FROM job_key") == [(40, 40)]
         audit_at_rest(database)
+
+
+def test_the_names_of_new_artifacts_are_synced_with_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(artifacts, "_sync", lambda folder: synced.append(folder))
+    folder = tmp_path / "artifacts"
+    store = artifacts.Artifacts(folder)
+    digest = store.put(b"one")
+    assert synced == [tmp_path, folder / digest[:2], folder]
+    (folder / digest[:2] / digest).unlink()
+    store.put(b"one")
+    assert synced[3:] == [folder / digest[:2]], "neither folder was new"
 
 
 def test_jobs_that_ended_before_are_counted_at_submission_and_not_sent_around(database: Database, worker: int) -> None:
@@ -619,6 +744,37 @@ def test_mixed_causes_or_one_success_do_not_pause(database: Database, worker: in
     assert dispatching.pause_hopeless(database) == []
 
 
+def test_failures_of_before_the_submission_do_not_pause_a_batch(database: Database, worker: int) -> None:
+    submit(database, "old", jobs(range(30), seconds=2.0))
+    drain(database, worker, failed("invalid_input"))
+    submit(database, "new", jobs(range(80), seconds=2.0))
+    assert dispatching.pause_hopeless(database) == []
+    run_until(database, worker, 30 + 19, lambda number: "invalid_input")
+    assert dispatching.pause_hopeless(database) == []
+    assert rows(database, "SELECT judged FROM batch WHERE name = 'new'") == [(0,)]
+    run_until(database, worker, 30 + 20, lambda number: "invalid_input")
+    assert len(dispatching.pause_hopeless(database)) == 1
+    assert reading.progress(database, "new").state == "paused"
+
+
+def test_networks_that_are_built_neither_save_nor_doom_a_batch(database: Database, worker: int) -> None:
+    recipes = [f"r{number}" for number in range(30)]
+    submit(database, "built", builder(*recipes), jobs(range(60), seconds=2.0))
+    while rows(database, "SELECT count(*) FROM record") < [(30 + 19,)]:
+        finish(
+            database, worker, take(database, worker), lambda t: done(t) if "recipe" in t.params else failed("error")(t)
+        )
+    assert dispatching.pause_hopeless(database) == []
+    finish(database, worker, take(database, worker), failed("error"))
+    assert len(dispatching.pause_hopeless(database)) == 1
+
+    submit(database, "unbuilt", builder(*(f"q{number}" for number in range(30))), jobs(range(100, 140), seconds=2.0))
+    while rows(database, "SELECT count(*) FROM record") < [(50 + 30,)]:
+        finish(database, worker, take(database, worker), failed("time"))
+    assert dispatching.pause_hopeless(database) == []
+    assert rows(database, "SELECT judged FROM batch WHERE name = 'unbuilt'") == [(0,)]
+
+
 def test_a_batch_that_has_ended_altogether_is_finished_rather_than_paused(database: Database, worker: int) -> None:
     submit(database, "a", jobs(range(30), seconds=0.01))
     messages = publish(database)
@@ -728,6 +884,114 @@ def test_worker_losses_count_apart_and_after_three_the_job_is_suspect(database: 
     claim = take(database, sign_on(database))
     assert claim.tasks[0].deaths == running.MOST_STARTS
     audit(database)
+
+
+@pytest.mark.parametrize(("count", "culprit"), [(10, 2), (10, 9), (1, 0), (200, 150)])
+def test_a_job_that_kills_its_worker_at_once_is_found_and_costs_no_other(
+    database: Database, count: int, culprit: int
+) -> None:
+    """Nothing is ever reported as running: the worker dies before its first renewal."""
+    submit(database, "a", jobs(range(count), seconds=0.005))
+    worker, lost, rounds = sign_on(database), 0, 0
+    while messages := publish(database, most=1):
+        rounds += 1
+        assert rounds < 400
+        claim = running.claim(database, worker, messages[0].chunk_id)
+        assert claim is not None
+        audit(database)
+        end: dict[int, Outcome] = {}
+        for task in claim.tasks:
+            if task.deaths >= running.MOST_STARTS:
+                end[task.id] = Outcome(task.id, "failed", "crash", "it killed its worker")
+            elif number_of(task) != culprit:
+                end[task.id] = done(task)
+        if len(end) == len(claim.tasks):
+            finish(database, worker, claim, lambda task, end=end: end[task.id])  # type: ignore[misc]
+            continue
+        lost += 1
+        ((counter,),) = rows(database, "SELECT counter FROM worker WHERE id = :id", id=worker)
+        assert dispatching.reclaim(database, worker, counter) == 1
+        worker = sign_on(database)
+    dispatching.finish_batches(database)
+    audit_at_rest(database)
+    assert recount(database, "a") == (count - 1, 0, 1)
+    assert rows(
+        database, "SELECT j.params, r.cause FROM record r JOIN job j ON j.id = r.job_id WHERE r.state = 'failed'"
+    ) == [(f'{{"n":{culprit}}}', "crash")]
+    assert rows(database, "SELECT count(*) FROM attempt") == [(running.MOST_STARTS,)], "the others have none"
+    halvings = math.ceil(math.log2(count))
+    assert lost <= dispatching.LOSSES_SUSPECT + halvings + running.MOST_STARTS
+
+
+def test_a_group_keeps_the_end_of_its_log_with_each_job_and_a_single_job_all_of_it(
+    database: Database, worker: int
+) -> None:
+    submit(database, "a", jobs(range(20), group_size=20))
+    finish(database, worker, take(database, worker))  # the first goes alone
+    claim = take(database, worker)
+    ids = tuple(task.id for task in claim.tasks)
+    log = "".join(f"line {number}\n" for number in range(6000))
+    running.report_death(database, worker, claim, Death(ids, 1.0, 2.0, "crash", "signal 11", log))
+    running.report_death(database, worker, claim, Death(ids[:1], 1.0, 2.0, "crash", "signal 11", log))
+    kept = [text for (text,) in rows(database, "SELECT log FROM attempt ORDER BY id")]
+    assert kept == [log[-running.GROUP_LOG :]] * len(ids) + [log]
+    assert len(ids) > 1
+
+
+def test_a_claim_that_loses_the_race_between_look_and_write_takes_nothing(database: Database, worker: int) -> None:
+    submit(database, "a", jobs([1]))
+    (message,) = publish(database)
+
+    def overtake(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("UPDATE chunk SET state = 'claimed'"):
+            connection.connection.cursor().execute("UPDATE chunk SET state = 'finished'")
+
+    event.listen(database.engine, "before_cursor_execute", overtake)
+    assert running.claim(database, worker, message.chunk_id) is None
+    assert rows(database, "SELECT state, token FROM chunk") == [("finished", None)]
+    assert rows(database, "SELECT count(*) FROM running") == [(0,)]
+
+
+def test_a_hundred_threads_write_at_once(tmp_path: Path) -> None:
+    """In a process of its own: a connection closed in the hands of another thread ends the process."""
+    new_store(tmp_path)
+    process = in_process(
+        """
+import threading
+database = Database(f"sqlite:///{sys.argv[1]}/store.sqlite")
+gate = threading.Barrier(100)
+def write(number):
+    gate.wait()
+    for _ in range(3):
+        with database.write() as connection:
+            connection.execute(text("UPDATE lab SET value = value + 1 WHERE name = 'next_job'"))
+        with database.read() as connection:
+            connection.execute(text("SELECT count(*) FROM lab")).scalar_one()
+threads = [threading.Thread(target=write, args=(n,)) for n in range(100)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(rows(database, "SELECT value FROM lab WHERE name = 'next_job'"))
+""",
+        str(tmp_path),
+    )
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.strip() == "[(301,)]"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("postgresql://host/netassay", "SQLite only"), ("mysql://host/x", "SQLite only"), ("a folder", "no database URL")],
+)
+def test_a_store_that_is_not_sqlite_is_refused_in_words(url: str, said: str) -> None:
+    with pytest.raises(StoreError, match=said):
+        Database(url)
+
+
+def test_a_sqlite_without_returning_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqlite3.sqlite_version_info", (3, 34, 1))
+    with pytest.raises(StoreError, match=r"3\.35\.0 or newer"):
+        new_store(tmp_path)
 
 
 def test_a_worker_that_moved_is_not_taken_for_lost(database: Database, worker: int) -> None:

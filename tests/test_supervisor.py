@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
 import os
+import selectors
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +226,15 @@ def test_a_missing_library_fails_the_jobs_by_its_name(bench: Bench) -> None:
     assert well.state == "done"
 
 
-def test_a_child_killed_while_it_imports_costs_nobody_anything(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [supervisor.PREPARATIONS - 1, supervisor.PREPARATIONS + 1])
+def test_a_child_killed_while_it_imports_costs_nobody_anything(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    monkeypatch.setattr(supervisor, "SHORT_SECONDS", 0.05)
     prepare, killed = Child.prepare, []
 
     def unlucky(self: Child, *args: Any) -> None:
-        if len(killed) < 2:
+        if len(killed) < times:
             killed.append(self.process.pid)
             self.kill()
             raise ChildDied("memory", "killed by SIGKILL from outside", "", code=-9)
@@ -234,9 +242,176 @@ def test_a_child_killed_while_it_imports_costs_nobody_anything(bench: Bench, mon
 
     monkeypatch.setattr(Child, "prepare", unlucky)
     records = bench.run("unlucky", echo(3))
-    assert len(killed) == 2
+    assert len(killed) == times
     assert [record.state for record in records] == ["done"] * 3
     assert bench.query("SELECT * FROM attempt") == []
+
+
+def test_a_library_that_crashes_at_every_import_fails_the_jobs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def broken(self: Child, *_: Any) -> None:
+        tried.append(self.process.pid)
+        self.kill()
+        raise ChildDied("crash", "the process died of SIGILL", "", code=-signal.SIGILL)
+
+    monkeypatch.setattr(Child, "prepare", broken)
+    (record,) = bench.run("broken", echo(1))
+    assert len(tried) == supervisor.PREPARATIONS
+    assert (record.state, record.cause) == ("failed", "error")
+    assert "SIGILL" in record.message
+    assert timings(bench) == [(None, None)]
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
+def test_jobs_wait_while_the_host_has_no_room_for_a_child(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(supervisor, "SHORT_SECONDS", 0.05)
+    refused = []
+
+    def short(*args: Any, **options: Any) -> Child:
+        if len(refused) < 2:
+            refused.append(number)
+            raise OSError(number, os.strerror(number))
+        return Child(*args, **options)
+
+    monkeypatch.setattr(supervisor, "Child", short)
+    records = bench.run("short", echo(3))
+    assert len(refused) == 2
+    assert [record.state for record in records] == ["done"] * 3
+    assert bench.query("SELECT * FROM attempt") == []
+
+
+def test_a_worker_without_room_for_a_child_can_still_be_shut_down(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> Child:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(supervisor, "SHORT_SECONDS", 60.0)
+    monkeypatch.setattr(supervisor, "Child", short)
+    bench.submit("short", echo(1))
+    chunk = bench.publish()
+    assert chunk is not None
+    threading.Timer(0.2, bench.supervisor.stop).start()
+    began = time.monotonic()
+    bench.supervisor.run(chunk)
+    assert time.monotonic() - began < 5
+    assert reading.progress(bench.database, "short").waiting == 1
+    assert bench.query("SELECT count(*) FROM running") == [(0,)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="descriptors are counted in /proc")
+@pytest.mark.parametrize("place", [(subprocess, "Popen"), (selectors, "DefaultSelector"), (os, "pipe")])
+def test_a_child_that_cannot_be_started_leaves_no_descriptor_open(
+    monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(*place, short)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Too many open files"):
+        Child(Path("unused"))
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_method_that_the_worker_has_not_got_fails_its_jobs_and_says_what_to_do(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit("unknown", {"method": "poison.grouped", "grid": {"tag": {"range": [0, 50]}}})
+    monkeypatch.delenv("NETASSAY_METHODS")
+    while chunk := bench.publish():
+        bench.supervisor.run(chunk)
+    for record in bench.records("unknown"):
+        assert (record.state, record.cause) == ("failed", "error")
+        assert "cannot load poison.grouped" in record.message
+        assert "NETASSAY_METHODS" in record.message
+    assert bench.query("SELECT * FROM attempt") == [], "it took no child with it"
+    assert timings(bench) == [(None, None)], "that was quick, but says nothing of its jobs"
+
+
+@pytest.mark.parametrize("end", ["1 / 0", "raise SystemExit(3)"])
+def test_a_method_whose_module_breaks_fails_its_jobs_and_no_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    source = bench.home / "methods" / "mine" / "breaks.py"
+    source.parent.mkdir(parents=True)
+    source.write_text((USER_METHODS / "poison" / "grouped.py").read_text())
+    monkeypatch.setenv("NETASSAY_METHODS", str(source.parents[1]))
+    bench.submit("breaks", {"method": "mine.breaks", "grid": {"tag": [1, 2]}}, echo(2))
+    source.write_text(f'"""A method that broke."""\n{end}\n')
+    while chunk := bench.publish():
+        bench.supervisor.run(chunk)
+    broken, well = bench.records("breaks")[:2], bench.records("breaks")[2:]
+    assert [(record.state, record.cause) for record in broken] == [("failed", "error")] * 2
+    assert all(end.split("(")[0].removeprefix("raise ") in record.message for record in broken)
+    assert [record.state for record in well] == ["done"] * 2
+    assert bench.query("SELECT * FROM attempt") == []
+
+
+def timings(bench: Bench) -> list[tuple[float | None, float | None]]:
+    """What the store knows of the seconds of a job: by each segment, and by its method."""
+    rows = bench.query("SELECT s.seconds, m.seconds FROM segment s JOIN method_version m ON m.id = s.method_id")
+    return [(row[0], row[1]) for row in rows]
+
+
+def test_a_chunk_in_which_a_child_died_says_nothing_of_what_a_job_takes(bench: Bench) -> None:
+    (record,) = bench.run("crash", {"method": "diagnostics.crash"})
+    assert record.cause == "crash"
+    assert timings(bench) == [(None, None)]
+
+
+def test_time_counts_up_to_a_failed_allocation(bench: Bench) -> None:
+    greedy = {"method": "diagnostics.allocate", "params": {"endless": True}, "limits": {"memory": "100MB"}}
+    (record,) = bench.run("greedy", greedy)
+    assert record.cause == "memory"
+    ((segment, method),) = timings(bench)
+    assert segment == method
+    assert segment is not None
+    assert segment > 1e-3, "to fill 100 MB takes longer"
+
+
+def test_a_chunk_of_no_measurable_time_does_not_say_zero(bench: Bench) -> None:
+    slot = supervisor.Slot(bench.supervisor)
+    assert slot._seconds_a_job(claim_of(1, 0.001, 60.0, None), 10_000) == 1e-6
+    assert slot._seconds_a_job(claim_of(1, 0.001, 60.0, None), 0) is None
+
+
+def test_a_chunk_starts_slowly_and_slows_down_as_soon_as_its_jobs_do(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "AHEAD_SECONDS", 0.6)
+    send, sent = Child.send, []
+
+    def noted(self: Child, request: dict[str, Any]) -> None:
+        sent.append(len(request.get("groups", ())))
+        send(self, request)
+
+    monkeypatch.setattr(Child, "send", noted)
+    # Each a group: four quick ones, the first of which goes alone in its chunk, and six slow ones.
+    seconds = [0.0, 1e-6, 2e-6, 3e-6, 0.35, 0.351, 0.352, 0.353, 0.354, 0.355]
+    bench.run("uneven", {"method": "diagnostics.sleep", "grid": {"seconds": seconds}})
+    assert [groups for groups in sent if groups] == [1, 1, 2, 4, 1, 1]
+
+
+def test_no_request_has_more_than_sixteen_groups_nor_twice_those_of_the_one_before(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, sent = Child.send, []
+
+    def noted(self: Child, request: dict[str, Any]) -> None:
+        sent.append(len(request.get("groups", ())))
+        send(self, request)
+
+    monkeypatch.setattr(Child, "send", noted)
+    sleeps = {"method": "diagnostics.sleep", "params": {"seconds": 0.0}, "grid": {"tag": {"range": [0, 200]}}}
+    bench.run("quick", sleeps)
+    requests = [groups for groups in sent if groups]
+    assert sum(requests) == 200
+    assert max(requests) == supervisor.AHEAD_GROUPS == 16
+    assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(requests))
 
 
 def test_past_its_budget_a_chunk_gives_back_the_rest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +496,65 @@ def test_through_an_outage_results_are_held_and_then_kept(bench: Bench, monkeypa
     assert starts == sorted(starts), "it waits longer each time"
 
 
+def test_an_outage_that_does_not_end_holds_up_no_shutdown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+
+    def out(*_: Any) -> None:
+        refused.append(time.monotonic())
+        raise OperationalError("COMMIT", {}, Exception("disk I/O error"))
+
+    def stop_when_refused() -> None:
+        until(lambda: refused)
+        bench.supervisor.stop()
+
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.3)
+    bench.submit("outage", echo(1))
+    chunk = bench.publish()
+    assert chunk is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(running, "finish", out)
+        threading.Thread(target=stop_when_refused).start()
+        bench.supervisor.run(chunk)
+        assert time.monotonic() - refused[0] < 5
+    assert bench.query("SELECT state FROM chunk") == [("claimed",)]
+    bench.supervisor.close()
+    assert reading.progress(bench.database, "outage").waiting == 1
+
+
+def test_a_store_that_takes_neither_results_nor_failures_gets_its_chunk_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "SHORT_SECONDS", 0.05)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("a bug in the store")
+
+    bench.submit("refused", echo(1))
+    chunk = bench.publish()
+    assert chunk is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(running, "finish", refuse)
+        bench.supervisor.run(chunk)
+    assert bench.query("SELECT state, token, worker_id FROM chunk") == [("ready", None, None)]
+    assert bench.query("SELECT * FROM running") == []
+    while again := bench.publish():
+        bench.supervisor.run(again)
+    assert [record.state for record in bench.records("refused")] == ["done"]
+
+
+def test_a_refused_chunk_that_others_hold_by_now_is_left_to_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.submit("taken", echo(1))
+    chunk = bench.publish()
+    assert chunk is not None
+    claim = running.claim(bench.database, bench.supervisor.worker_id, chunk)
+    assert claim is not None
+    slot = supervisor.Slot(bench.supervisor)
+    slot._release(replace(claim, token="another's"))
+    assert bench.query("SELECT state FROM chunk") == [("claimed",)]
+    slot._release(claim)
+    assert bench.query("SELECT state FROM chunk") == [("ready",)]
+
+
 def test_an_outage_does_not_end_the_signs_of_life(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     renew, raised = running.renew, []
 
@@ -369,6 +603,34 @@ def claim_of(jobs: int, seconds: float, time_limit: float, memory: int | None) -
 def test_limits_of_a_group(bench: Bench, jobs: int, seconds: float, memory: int | None, expected: tuple) -> None:
     slot = supervisor.Slot(bench.supervisor)
     assert slot._limits(claim_of(jobs, seconds, 60.0, memory), jobs) == expected
+
+
+@pytest.mark.parametrize("error, cause", [
+    (ZeroDivisionError("division by zero"), "error"),  # most often a bug, and mended bugs are to be run again
+    (OverflowError("math range error"), "error"),
+    (FloatingPointError("overflow encountered"), "numerical"),
+    (np.linalg.LinAlgError("Singular matrix"), "numerical"),
+    (MemoryError(), "memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory"),
+    (RuntimeError("sizes do not match"), "error"),
+])  # fmt: skip
+def test_the_cause_of_an_exception(error: Exception, cause: str) -> None:
+    assert limits.cause_of_exception(error) == cause
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="it is read from /proc")
+def test_a_child_is_told_no_address_and_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BROKER", "STORE", "HOME"):
+        monkeypatch.setenv(f"NETASSAY_{name}", f"the-{name}")
+    child = Child(Path("unused"))
+    environ = Path(f"/proc/{child.process.pid}/environ")
+    try:
+        until(lambda: "\0" in environ.read_text())  # empty until the program has taken the place of the fork
+        seen = environ.read_text().split("\0")
+    finally:
+        child.kill()
+    assert not any("the-BROKER" in variable or "the-STORE" in variable for variable in seen)
+    assert {"NETASSAY_HOME=the-HOME", "OMP_NUM_THREADS=1"} <= set(seen)
 
 
 def test_a_family_is_a_process_with_its_descendants() -> None:

@@ -1,4 +1,8 @@
-"""The compute child: reads jobs from a pipe, computes, writes results to a pipe. No broker, no store, no credentials.
+"""The compute child: reads jobs from a pipe, computes, writes results to a pipe. It opens neither broker nor store.
+
+It is not given their addresses (NETASSAY_BROKER, NETASSAY_STORE), with whatever passwords stand in them. The rest of
+the environment it inherits, NETASSAY_HOME and what others keep there included, and it runs as the same user: this keeps
+jobs from meddling by accident, it does not lock up hostile code.
 
 Protocol, one JSON text a line. In:
 
@@ -112,13 +116,33 @@ _artifacts: Any = None
 
 
 def _serve(request: dict[str, Any], out: TextIO) -> None:
-    method = catalogue.get(request["method"])
+    method = _method(request["method"])
     for group in request["groups"]:
-        results = _run_group(method, request, group["jobs"], group["memory"])
+        if isinstance(method, str):
+            results = [[job_id, "failed", "error", method, None, 0.0] for job_id, _ in group["jobs"]]
+        else:
+            results = _run_group(method, request, group["jobs"], group["memory"])
         out.write(json.dumps(results, separators=(",", ":"), ensure_ascii=True) + "\n")
         out.flush()
         if any(cause == "memory" for _, _, cause, *_ in results):
             return  # the supervisor replaces this process; what is begun here now would be begun again
+
+
+def _method(name: str) -> Method | str:
+    """The method, or why this worker has none of that name."""
+    try:
+        return catalogue.get(name)
+    except catalogue.UnknownMethod as error:
+        return storable.text(
+            f"this worker cannot load {name}: {error}; restart the lab (or this worker) with NETASSAY_METHODS set to "
+            "the folder that holds it, then submit again"
+        )
+    except (Exception, SystemExit) as error:  # a module may well call sys.exit
+        lines = "".join(traceback.format_exception(error, limit=-12))
+        return storable.text(
+            f"this worker cannot load {name}: {type(error).__name__}: {error}; mend its module, restart the lab and "
+            f"submit again{_below(lines)}"
+        )
 
 
 def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]], memory: int) -> list[list[Any]]:

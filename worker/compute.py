@@ -51,15 +51,18 @@ class Stopped(Exception):
 
 
 class Child:
-    """A spawned compute process. Not thread-safe: it belongs to one slot."""
+    """A spawned compute process. Not thread-safe: it belongs to one slot. OSError where none can be started."""
 
     def __init__(self, artifacts: Path) -> None:
         self.artifacts = artifacts
         self.libraries: set[str] = set()
         self.about: dict[str, Any] = {}
-        results, results_end = os.pipe()
-        log, log_end = os.pipe()
-        try:
+        with contextlib.ExitStack() as unless_started, contextlib.ExitStack() as ends:
+            # Before the process: once that runs, nothing that needs a descriptor may fail.
+            self._selector = selectors.DefaultSelector()
+            unless_started.callback(self._selector.close)
+            results, results_end = _pipe(unless_started, ends)
+            log, log_end = _pipe(unless_started, ends)
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "worker.child", str(results_end), str(os.getpid())],
                 stdin=subprocess.PIPE,
@@ -69,18 +72,11 @@ class Child:
                 env=_environment(),
                 process_group=0,  # so that what a job starts can be killed with it
             )
-        except BaseException:
-            os.close(results)
-            os.close(log)
-            raise
-        finally:
-            os.close(results_end)
-            os.close(log_end)
+            unless_started.pop_all()
         self._results, self._log = results, log
         self._lines, self._partial, self._tail = [], bytearray(), bytearray()  # type: list[bytes], bytearray, bytearray
         assert self.process.stdin is not None
         self._jobs, self._unsent = self.process.stdin.fileno(), bytearray()
-        self._selector = selectors.DefaultSelector()
         for end in (results, log, self._jobs):
             os.set_blocking(end, False)
         for end in (results, log):
@@ -215,6 +211,14 @@ class Child:
             for _ in range(16):
                 self._tail += os.read(self._log, LOG_BYTES)
                 del self._tail[:-LOG_BYTES]
+
+
+def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe, the closing of its two ends left to these stacks."""
+    start, end = os.pipe()
+    reading.callback(os.close, start)
+    writing.callback(os.close, end)
+    return start, end
 
 
 def _environment() -> dict[str, str]:

@@ -3,7 +3,8 @@
 A slot takes a chunk from claim to commit:
 
 1. claim it in the store; whoever loses the race has nothing to do;
-2. send its jobs to the child in groups, knowing at every moment which group runs, since when, and its limits;
+2. send its jobs to the child in groups, knowing at every moment which group runs, since when, and its limits; quick
+   groups several at once, as many as those just before have shown to be quick;
 3. a child that dies or is killed while a group runs: write an attempt for each job of it, then run these jobs one by
    one in a fresh child; a job whose child dies while it runs alone is tried again alone, until it has had three
    starts. Past its own limit of time or memory while alone, it has failed;
@@ -13,25 +14,28 @@ A slot takes a chunk from claim to commit:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+from sqlalchemy import text
 
 from netassay import __version__, faults
 from netassay.method import TIME_FACTOR
 from netassay.settings import Settings
 from netassay.store import running, storable
 from netassay.store.database import Database, Outage
-from netassay.store.dispatching import CHUNK_SECONDS
+from netassay.store.dispatching import CHUNK_SECONDS, release
 from netassay.store.running import MOST_STARTS, Claim, Death, Outcome, StaleToken, Task
 from worker.compute import Child, ChildDied, Stopped
 from worker.limits import memory_a_slot
@@ -40,14 +44,25 @@ log = structlog.get_logger("netassay.worker")
 
 #: A chunk is given back after this long, at the next end of a group.
 BUDGET_SECONDS = 2 * CHUNK_SECONDS
-#: Groups are sent together as long as they are predicted to take no more than this; a request to pause waits so long.
+#: Groups are sent together as long as they take no more than this, each as slow as the slowest of the request before.
+#: What was sent cannot be called back: budget and pause wait for it.
 AHEAD_SECONDS = 0.25
+#: And no more than so many, whatever the last ones took: so much slow work may hide behind quick work.
+AHEAD_GROUPS = 16
 #: Signs of life a second. The dispatcher waits ten seconds and more, so several may be lost.
 RENEW_SECONDS = 1.0
 #: After SIGTERM, a running group may take this long before its child is killed and its jobs go back.
 GRACE_SECONDS = 5.0
-#: How often a child may be killed from outside while it imports, before the jobs are told that none can be had.
+#: How often a child may be killed from outside while it imports, before the chunk is given back.
 PREPARATIONS = 3
+#: Pause before a chunk is given back for which nothing could be done here: it is soon published again.
+SHORT_SECONDS = 1.0
+#: What the system says where it is short of processes, memory or descriptors, which passes.
+_SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+#: A job takes no less than this, whatever a clock says; a time of 0 would mean chunks without bound.
+_LEAST_SECONDS = 1e-6
+#: Signals that a program brings upon itself, each time anew: a library built for another processor, say.
+_OWN_FAULTS = (signal.SIGILL, signal.SIGSEGV, signal.SIGFPE)
 
 
 @dataclass
@@ -69,6 +84,10 @@ class Slot:
     current: tuple[int, ...] = ()
     busy: float = 0.0
     """seconds of this chunk in which the child computed"""
+    telling: bool = True
+    """whether `busy` says what the jobs that ended took: no child died or was stopped in the middle of others"""
+    ahead: int = 1
+    """how many groups the next request may have"""
     stop: str = ""
     """'' run on; 'after': end after the current jobs; 'now': kill them, they go back; 'lost': kill them, drop all"""
 
@@ -82,7 +101,7 @@ class Slot:
             return
         faults.reach("worker.claimed")
         self.chunk_id, self.stop = chunk_id, ""
-        self.busy = 0.0
+        self.busy, self.telling, self.ahead = 0.0, True, 1
         outcomes: list[Outcome] = []
         try:
             for outcome in self._run(claim):
@@ -105,32 +124,77 @@ class Slot:
             log.warning("late_results_dropped", chunk=chunk_id, jobs=len(outcomes))
         except Exception as error:
             log.exception("results_refused", chunk=chunk_id, jobs=len(outcomes))
-            message = f"the store would not take its result: {type(error).__name__}: {error}"
-            self._keep(claim, [Outcome(o.job_id, "failed", "store", message) for o in outcomes], worker_id)
+            self._keep_refusal(claim, outcomes, worker_id, error)
         finally:
             self.chunk_id = None
         faults.reach("worker.committed")
 
     def _keep(self, claim: Claim, outcomes: list[Outcome], worker_id: int) -> None:
-        """Commit; through an outage of the store, hold the results and try again."""
+        """Commit; through an outage of the store, hold the results and try again until the worker has to end."""
         database = self.supervisor.database
         about = self.child.about if self.child else {}
-        seconds = self.busy / len(outcomes) if outcomes else None
+        # One of 0 seconds was never begun: what its job needs is missing, or the store refused its result.
+        seconds = self._seconds_a_job(claim, sum(outcome.seconds > 0 for outcome in outcomes))
+
+        def keep() -> None:
+            running.finish(database, worker_id, claim, outcomes, self.supervisor.provenance_of(about), seconds)
+
+        self._insist(claim, keep, held=len(outcomes))
+
+    def _seconds_a_job(self, claim: Claim, jobs: int) -> float | None:
+        """What a job of this chunk took, of which so many were computed; None where that cannot be told."""
+        if not jobs or not self.telling:
+            return None
+        seconds = max(self.busy / jobs, _LEAST_SECONDS)
         # The first few jobs of a method that wants company say little about what each takes in a full group.
-        if seconds and seconds > claim.seconds and len(outcomes) < min(claim.group_size, 8) and self.busy < 1.0:
-            seconds = None
+        if seconds > claim.seconds and jobs < min(claim.group_size, 8) and self.busy < 1.0:
+            return None
+        return seconds
+
+    def _keep_refusal(self, claim: Claim, outcomes: list[Outcome], worker_id: int, refusal: Exception) -> None:
+        """Let the jobs fail whose results the store will not have; if it will not have that either, give them back."""
+        message = f"the store would not take its result: {type(refusal).__name__}: {refusal}"
+        try:
+            self._keep(claim, [Outcome(o.job_id, "failed", "store", message) for o in outcomes], worker_id)
+        except StaleToken:
+            log.warning("late_results_dropped", chunk=claim.chunk_id, jobs=len(outcomes))
+        except Exception:
+            log.exception("results_lost", chunk=claim.chunk_id, jobs=len(outcomes))
+            self._wait(SHORT_SECONDS)
+            try:
+                self._insist(claim, lambda: self._release(claim), held=0)
+            except Exception:
+                log.exception("chunk_not_released", chunk=claim.chunk_id)
+
+    def _release(self, claim: Claim) -> None:
+        """Give the whole chunk back: nobody takes a chunk from a worker that lives."""
+        with self.supervisor.database.write() as connection:
+            ours = connection.execute(
+                text("SELECT 1 FROM chunk WHERE id = :id AND token = :token AND state = 'claimed'"),
+                {"id": claim.chunk_id, "token": claim.token},
+            ).one_or_none()
+            if ours:
+                release(connection, claim.chunk_id)
+
+    def _insist(self, claim: Claim, action: Callable[[], None], held: int) -> None:
+        """Do something to the store, through an outage again and again.
+
+        Once the worker is overdue it is given up: the chunk goes to others when this worker has signed off or is lost.
+        """
         pause = 0.1
         while True:
             try:
-                provenance = self.supervisor.provenance_of(about)
-                running.finish(database, worker_id, claim, outcomes, provenance, seconds)
-                return
+                return action()
             except Outage as error:
-                log.warning(
-                    "store_out", chunk=claim.chunk_id, held=len(outcomes), error=str(error.orig), again_in=pause
-                )
-                time.sleep(pause)
+                about = {"chunk": claim.chunk_id, "held": held, "error": str(error.orig)}
+                if self.supervisor.overdue():
+                    return log.error("store_out_to_the_end", **about)
+                log.warning("store_out", **about, again_in=pause)
+                _sleep(pause, self.supervisor.overdue)
                 pause = min(2 * pause, 5.0)
+
+    def _wait(self, seconds: float) -> None:
+        _sleep(seconds, lambda: bool(self.stop) or self.supervisor.stopping)
 
     def _run(self, claim: Claim) -> Iterator[Outcome]:
         queue = self._plan(claim)
@@ -148,8 +212,13 @@ class Slot:
                 yield Outcome(task.id, "failed", "crash", message)
                 continue
             try:
-                yield from self._serve(claim, self._next(claim, queue), queue)
+                yield from self._serve(claim, self._next(queue), queue)
             except Stopped:
+                self.telling = False
+                return
+            except _Short as short:
+                log.error("no_child_now", chunk=claim.chunk_id, error=str(short), given_back_in=SHORT_SECONDS)
+                self._wait(SHORT_SECONDS)
                 return
             except _Unfit as unfit:
                 log.error("child_unfit", chunk=claim.chunk_id, error=str(unfit))
@@ -167,24 +236,24 @@ class Slot:
         alone = [Work([task], fresh=place == 0 or task.deaths != 1) for place, task in enumerate(suspect)]
         return deque(groups + alone)
 
-    def _next(self, claim: Claim, queue: deque[Work]) -> list[Work]:
-        """The work of the next request: one group, or several quick ones."""
-        first = queue.popleft()
-        works, ahead = [first], claim.seconds * len(first.tasks)
-        while queue and not first.fresh and not queue[0].fresh:
-            ahead += claim.seconds * len(queue[0].tasks)
-            if ahead > AHEAD_SECONDS:
-                break
+    def _next(self, queue: deque[Work]) -> list[Work]:
+        """The work of the next request: one group, or `ahead` quick ones."""
+        works = [queue.popleft()]
+        while queue and len(works) < self.ahead and not works[0].fresh and not queue[0].fresh:
             works.append(queue.popleft())
         return works
 
     def _serve(self, claim: Claim, works: list[Work], queue: deque[Work]) -> Iterator[Outcome]:
         """Run groups in the child; what did not get its turn goes back to the head of the queue."""
         left, again = deque(works), deque[Work]()
+        # Whatever ends this request early says nothing about the next.
+        self.ahead, slowest, asked = 1, 0.0, None
         try:
             try:
                 child = self._fit_child(claim, fresh=works[0].fresh)
             except ChildDied as death:
+                if _killed(death):
+                    raise _Short(f"{PREPARATIONS} children were killed while they imported: {death.message}") from None
                 left.clear()
                 raise _Unfit(death, [task for work in works for task in work.tasks]) from None
             limits = [self._limits(claim, len(work.tasks)) for work in works]
@@ -195,17 +264,18 @@ class Slot:
             child.send({"method": claim.method, "version": claim.version, "given": claim.given, "groups": groups})
             asked = time.monotonic()
             for seconds, memory in limits:
-                work = left[0]
+                work, start = left[0], time.monotonic()
                 self.current = tuple(task.id for task in work.tasks)
                 began = time.time()
                 try:
                     # The child's own RLIMIT_DATA acts first; this one is for what that cannot see, hence later.
                     held = int(1.1 * memory) + (128 << 20)
-                    line = child.line(time.monotonic() + seconds, held, self._must_stop)
+                    line = child.line(start + seconds, held, self._must_stop)
                 except ChildDied as death:
                     left.popleft()
                     raise _Died(work, death, began) from None
                 left.popleft()
+                slowest = max(slowest, time.monotonic() - start)
                 ended = [Outcome(*values) for values in json.loads(line)]
                 apart = {outcome.job_id for outcome in ended if len(work.tasks) > 1 and _apart(outcome)}
                 yield from (outcome for outcome in ended if outcome.job_id not in apart)
@@ -213,8 +283,11 @@ class Slot:
                 if any(outcome.cause == "memory" for outcome in ended):
                     self._drop_child()  # whatever an allocation failed in may be half done
                     return
-            self.busy += time.monotonic() - asked
+            fitting = int(AHEAD_SECONDS / max(slowest, _LEAST_SECONDS))
+            self.ahead = max(1, min(2 * len(works), AHEAD_GROUPS, fitting))
         finally:
+            if asked is not None:
+                self.busy += time.monotonic() - asked
             self.current = ()
             queue.extendleft(reversed(left))
             queue.extendleft(reversed(again))
@@ -236,7 +309,7 @@ class Slot:
         )
 
     def _fit_child(self, claim: Claim, fresh: bool) -> Child:
-        """A child that has imported what the jobs need. Raises ChildDied where none can be had, Stopped."""
+        """A child that has imported what the jobs need. Raises ChildDied where none can be had, _Short, Stopped."""
         for tries_left in reversed(range(PREPARATIONS)):
             try:
                 return self._child(claim, fresh)
@@ -246,6 +319,8 @@ class Slot:
                 if not tries_left or death.code is None or death.code >= 0:
                     raise
             except OSError as error:
+                if error.errno in _SHORTAGES:
+                    raise _Short(f"no process could be started: {error}") from error
                 raise ChildDied("error", f"no process could be started: {error}", "") from error
         raise AssertionError("unreachable")
 
@@ -270,7 +345,7 @@ class Slot:
         return False
 
     def _after_death(self, claim: Claim, died: _Died, deaths: dict[int, int], queue: deque[Work]) -> Iterator[Outcome]:
-        self.child = None
+        self.child, self.telling = None, False
         tasks, death = died.work.tasks, died.death
         log.warning("child_died", chunk=claim.chunk_id, jobs=len(tasks), cause=death.cause, why=death.message)
         report = Death(
@@ -282,7 +357,7 @@ class Slot:
             log=storable.text(death.log),
         )
         database, worker_id = self.supervisor.database, self.supervisor.worker_id
-        database.persist(3600.0, lambda: running.report_death(database, worker_id, claim, report))
+        self._insist(claim, lambda: running.report_death(database, worker_id, claim, report), held=0)
         for task in tasks:
             deaths[task.id] += 1
         # Beyond its own limit it will be again. A SIGKILL from outside is another matter: the kernel, out of memory,
@@ -299,6 +374,17 @@ def _apart(outcome: Outcome) -> bool:
     return outcome.state == "apart" or outcome.cause == "memory"
 
 
+def _killed(death: ChildDied) -> bool:
+    """From outside, by another than its supervisor."""
+    return death.code is not None and death.code < 0 and -death.code not in _OWN_FAULTS
+
+
+def _sleep(seconds: float, enough: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not enough() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, 0.1))
+
+
 def _last_words(text: str) -> str:
     lines = text.strip().splitlines()[-5:]
     return "\n" + storable.text("\n".join(lines), 2000) if lines else ""
@@ -309,8 +395,12 @@ class _Died(Exception):
         self.work, self.death, self.began = work, death, began
 
 
+class _Short(Exception):
+    """The host has no room for a child at the moment; no job is to blame, and none fails."""
+
+
 class _Unfit(Exception):
-    """The child could not even be prepared; no job is to blame."""
+    """The child ended by itself before it had run a job: something that these jobs need is missing or broken here."""
 
     def __init__(self, death: ChildDied, tasks: list[Task]) -> None:
         self.tasks = tasks

@@ -9,6 +9,9 @@ wine           178      (13,)        3        min-max of each feature over the w
 breast_cancer  569      (30,)        2        min-max of each feature over the whole set
 =============  =======  ===========  =======  =====================================================
 
+Every value is a float32 number, rounded once after scaling and kept as float64: what a user can feed to a float32
+network is then the very point that an analysis asks about, and a ball of radius 0 around it is not empty in float32.
+
 Splits: example i of the set (in scikit-learn's order) belongs to `test` where i % 3 == 2, else to `train`; `all` is
 both. An index always counts within its split. Sizes, shapes and classes come from a table, so that a sweep can be
 checked by a process that has neither NumPy nor scikit-learn loaded.
@@ -51,7 +54,10 @@ _TABLE = {
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A split of a dataset. x: (n, *shape) float64 in [0, 1]; y: (n,) int64 labels 0..classes-1. Both are read-only."""
+    """A split of a dataset. Both arrays are read-only.
+
+    x: (n, *shape), float64 holding float32 numbers in [0, 1]. y: (n,), int64 labels 0..classes-1.
+    """
 
     name: str
     split: str
@@ -114,7 +120,7 @@ def _load(name: str, split: str) -> Dataset:
     else:
         low, high = x.min(axis=0), x.max(axis=0)
         x = (x - low) / (high - low)
-    x = x.reshape(len(x), *_TABLE[name].shape)
+    x = x.astype(np.float32).astype(np.float64).reshape(len(x), *_TABLE[name].shape)
     y = np.asarray(raw.target, dtype=np.int64)
     is_test = np.arange(len(y)) % _PERIOD == _TEST
     chosen = {"all": slice(None), "train": ~is_test, "test": is_test}[split]

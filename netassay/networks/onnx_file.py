@@ -5,9 +5,22 @@ the batch axis where it is symbolic, or where it is 1 and others follow; else th
 does not change a single number, so both readings of a file with a fixed batch of 1 compute the same function. A file
 whose batch is fixed at more than 1 is refused, since it says nothing about one example.
 
-Constants are kept in float64. A linear operation followed by a shift or scale per output (`MatMul` + `Add`, `Conv` +
-`BatchNormalization`, ...) becomes one operation, folded in float64; outputs therefore agree with a runtime that
-computes the file's nodes one by one in float32 to its rounding, not bit for bit.
+Rounding stays where the file has it. A bound on what float32 adds to a graph (`netassay.numerics.bounds.rounding`)
+must hold for a runtime that computes the file's nodes, so nodes are not merged: `Add` of 64 and `Sub` of 64 are two
+operations, each of which rounds at the size of 64, not none. Constants are kept in float64. Only these leave no
+operation of their own:
+
+* what is exact: `Identity`, `Dropout`, adding 0, multiplying or dividing by 1, axes of length one that come or go;
+* the first constant added to a product without a bias (`MatMul` + `Add`, `Mul` + `Add`): the sum of n + 1 terms that
+  one operation with a bias is anyway. A second constant is an operation again;
+* the alpha and beta of a `Gemm`, which multiply its constants: one more rounding of each term, as if the constants had
+  been rounded themselves, which the bound allows for.
+
+`BatchNormalization` is its definition, (x - mean) / sqrt(variance + epsilon) * gain + offset, step by step: one
+operation for the mean (or the bias of the product before), one for the root, one for gain and offset. The roundings of
+these cover those of a runtime that multiplies by s = gain / sqrt(variance + epsilon) and adds offset - mean s, too.
+Not proven: a runtime that multiplies s into the weights before it. Each weight is then rounded up to four times, where
+the bound allows for once; this shows only where a sum of few terms nearly cancels.
 
 No torch here: the submitting side uses this module.
 """
@@ -207,6 +220,12 @@ class _Reader:
                 "onnx.version_converter.convert_version(model, 13)",
             )
         self.proto = proto.graph
+        if self.proto.sparse_initializer:
+            raise UnsupportedOperator(
+                f"tensor {self.proto.sparse_initializer[0].values.name!r} is stored sparse",
+                "only dense constants are read",
+                "store it as an ordinary initializer",
+            )
         self.constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in self.proto.initializer}
         self.values: dict[str, _Value] = {}
         self.operations: list[Operation] = []
@@ -261,7 +280,11 @@ class _Reader:
             self.constants[node.output[0]] = _constant(node)
         elif known and node.op_type == "Shape" and node.input[0] in self.values:
             self.constants[node.output[0]] = self._shape(node)
-        elif known and node.op_type in _FOLDED and all(name in self.constants for name in node.input if name):
+        elif (
+            known
+            and node.op_type in _FOLDED | _ARITHMETIC
+            and all(name in self.constants for name in node.input if name)
+        ):
             self.constants[node.output[0]] = self._fold(node)
         elif known and node.op_type in _READERS:
             self.values[node.output[0]] = _READERS[node.op_type](self, node)
@@ -283,14 +306,15 @@ class _Reader:
 
         names = [name for name in node.input if name]
         inputs = {name: self.constants[name] for name in names}
-        moved = names if node.op_type == "Concat" else names[:1]
+        moved = names if node.op_type == "Concat" else [] if node.op_type in _ARITHMETIC else names[:1]
         cast = node.op_type == "Cast" and attributes(node)["to"] != onnx.TensorProto.INT64
         if any(np.any(inputs[name] == _BATCH) and (cast or name not in moved) for name in names):
             raise unsupported(node, "computes with the batch size; only copying it into a shape is known")
         empty = onnx.helper.make_empty_tensor_value_info
         graph = onnx.helper.make_graph([node], "constant", [empty(name) for name in inputs], [empty(node.output[0])])
         alone = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
-        outputs: Any = ReferenceEvaluator(alone).run(None, inputs)
+        with np.errstate(all="ignore"):  # infinity and NaN are refused where they are used
+            outputs: Any = ReferenceEvaluator(alone).run(None, inputs)
         return np.asarray(outputs[0])
 
     # What the readers are built of.
@@ -341,6 +365,7 @@ class _Reader:
         return name
 
     def emit(self, operation: Operation, shape: FileShape) -> _Value:
+        _check_constants(operation)
         self.operations.append(operation)
         return _Value(operation.target, shape)
 
@@ -354,6 +379,14 @@ class _Reader:
 
     def multiplied(self, node: NodeProto, value: _Value, matrix: numpy.ndarray) -> _Value:
         """value @ matrix."""
+        if (
+            matrix.ndim > 2
+            and set(matrix.shape[:-2]) == {1}
+            and (value.shape[0] is not None or len(value.shape) >= matrix.ndim)
+        ):
+            # The axes of length one change nothing but the rank of the product.
+            padded = (1,) * (matrix.ndim - len(value.shape)) + value.shape
+            value, matrix = self.reshaped(node, value, padded), matrix.reshape(matrix.shape[-2:])
         if matrix.ndim not in (1, 2) or not inner(value.shape):
             raise unsupported(node, f"multiplies {_text(value.shape)} by a constant of shape {matrix.shape}")
         if value.shape[-1] != matrix.shape[0]:
@@ -395,15 +428,19 @@ class _Reader:
         same = self.reshaped(node, value, shape)
         if (scale == 1).all() and (shift == 0).all():
             return same
-        folded = self._folded(node, same, scale, shift)
-        if folded:
-            return _Value(folded, shape)
-        return self.emit(
-            Scale(label(node), same.name, self.target(node), inner(shape), scale=scale, shift=shift), shape
-        )
+        biased = self._biased(node, same, shift) if (scale == 1).all() else None
+        return _Value(biased, shape) if biased else self.scaled(node, same, scale, shift)
 
-    def _folded(self, node: NodeProto, value: _Value, scale: numpy.ndarray, shift: numpy.ndarray) -> str | None:
-        """Fold scale and shift into the operation before, where it is linear and nothing else reads its value."""
+    def scaled(self, node: NodeProto, value: _Value, scale: numpy.ndarray, shift: numpy.ndarray) -> _Value:
+        """scale * value + shift as one operation; both broadcast against the value's shape in the graph."""
+        operation = Scale(label(node), value.name, self.target(node), inner(value.shape), scale=scale, shift=shift)
+        return self.emit(operation, value.shape)
+
+    def _biased(self, node: NodeProto, value: _Value, shift: numpy.ndarray) -> str | None:
+        """Make the shift the bias of the operation before, where it has none yet and nothing else reads its value.
+
+        A second shift is not added to the first: the sum might cancel, and with it the rounding at the size of both.
+        """
         before = self.operations[-1] if self.operations else None
         if before is None or before.target != value.name:
             return None
@@ -411,19 +448,17 @@ class _Reader:
         if any(self.uses[name] > 1 for name, other in self.values.items() if other.name == value.name):
             return None
         merged: Scale | Dense | Conv
-        if isinstance(before, Scale):
-            merged = dataclasses.replace(before, scale=before.scale * scale, shift=before.shift * scale + shift)
-        elif isinstance(before, Dense | Conv):
-            axis = -1 if isinstance(before, Dense) else 0
-            factor = _along(scale, len(before.shape), axis, len(before.bias))
-            offset = _along(shift, len(before.shape), axis, len(before.bias))
-            if factor is None or offset is None:
+        if isinstance(before, Scale) and not before.shift.any():
+            merged = dataclasses.replace(before, shift=shift)
+        elif isinstance(before, Dense | Conv) and not before.bias.any():
+            bias = _along(shift, len(before.shape), -1 if isinstance(before, Dense) else 0, len(before.bias))
+            if bias is None:
                 return None
-            weight = before.weight * factor.reshape(-1, *(1,) * (before.weight.ndim - 1))
-            merged = dataclasses.replace(before, weight=weight, bias=before.bias * factor + offset)
+            merged = dataclasses.replace(before, bias=bias)
         else:
             return None
-        del self.operations[-1]
+        _check_constants(merged)
+        del self.operations[-1]  # its name may be free again
         merged = dataclasses.replace(merged, target=self.target(node))
         self.operations.append(merged)
         return merged.target
@@ -446,6 +481,26 @@ def _along(array: numpy.ndarray, rank: int, axis: int, size: int) -> numpy.ndarr
     if any(length != 1 for place, length in enumerate(array.shape) if place != axis):
         return None
     return np.broadcast_to(array.reshape(-1), (size,))
+
+
+def _check_constants(operation: Operation) -> None:
+    """Raise NetworkFileError where a constant is no number of float32's range: what a runtime makes of it is inf."""
+    for part in ("weight", "bias", "scale", "shift"):
+        array = getattr(operation, part, None)
+        if array is not None and not _in_range(array):
+            raise _out_of_range(operation.name, f"the {part}")
+
+
+def _in_range(array: numpy.ndarray) -> bool:
+    return bool((np.abs(array) <= np.finfo(np.float32).max).all())  # False for NaN
+
+
+def _out_of_range(name: str, what: str) -> NetworkFileError:
+    return NetworkFileError(
+        f"{what} of node {name} is NaN or beyond float32",
+        "it follows from the constants of the node, and a runtime that computes in float32 makes NaN or infinity of it",
+        "look at that node's divisor, variance or factors, and export again",
+    )
 
 
 def label(node: NodeProto) -> str:
@@ -491,6 +546,9 @@ def _constant(node: NodeProto) -> numpy.ndarray:
 #: Operators computed here and now where all their inputs are constant. They only move, pick or cast elements, so that
 #: they are exact and `_BATCH` survives them.
 _FOLDED = frozenset({"Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+
+#: Computed here too where both operands are constant, in the file's own precision: IEEE 754 leaves a runtime no choice.
+_ARITHMETIC = frozenset({"Add", "Div", "Mul", "Sub"})
 
 
 # One reader an operator: (reader, node) -> the tensor it computes.
@@ -542,14 +600,14 @@ def _gemm(reader: _Reader, node: NodeProto) -> _Value:
     )
     if len(node.input) < 3 or not node.input[2]:
         return product
-    return _after(reader, node, product, np.ones(()), beta * reader.constant(node, 2))
+    return _plus(reader, node, product, beta * reader.constant(node, 2))
 
 
-def _after(reader: _Reader, node: NodeProto, product: _Value, scale: numpy.ndarray, shift: numpy.ndarray) -> _Value:
-    """Scale and shift what the same node just computed: nothing else reads it, whatever reads the node's output."""
+def _plus(reader: _Reader, node: NodeProto, product: _Value, shift: numpy.ndarray) -> _Value:
+    """Shift what the same node just computed: nothing else reads it, whatever reads the node's output."""
     hidden, reader.uses = reader.uses, Counter()
     try:
-        return reader.affine(node, product, scale, shift)
+        return reader.affine(node, product, np.ones(()), shift)
     finally:
         reader.uses = hidden
 
@@ -565,7 +623,8 @@ def _elementwise(scale_shift: Callable[[Any, bool], tuple[Any, Any]]) -> Callabl
         constant = reader.constant(node, 1 - place)
         if node.op_type == "Div" and (constant_first or (constant == 0).any()):
             raise unsupported(node, "divides by the network's values, or by zero")
-        scale, shift = scale_shift(constant, constant_first)
+        with np.errstate(over="ignore"):  # 1 / c; refused with the node's name
+            scale, shift = scale_shift(constant, constant_first)
         return reader.affine(node, reader.value(node, place), np.asarray(scale, float), np.asarray(shift, float))
 
     return reader_of
@@ -636,9 +695,18 @@ def _batch_normalization(reader: _Reader, node: NodeProto) -> _Value:
     gain, offset, mean, variance = (reader.constant(node, place) for place in (1, 2, 3, 4))
     if len(value.shape) < 2 or any(array.shape != (value.shape[1],) for array in (gain, offset, mean, variance)):
         raise _mismatch(node, value.shape, gain.shape)
-    scale = gain / np.sqrt(variance + of.get("epsilon", 1e-5))  # 1e-5: the default of the operator's specification
+    with np.errstate(all="ignore"):  # refused below
+        # 1e-5: the default of the operator's specification; a runtime holds it in float32.
+        factor = 1 / np.sqrt(variance + of.get("epsilon", float(np.float32(1e-5))))
+        scale = gain * factor
+        # Also what a runtime computes first that multiplies by `scale` and adds one constant.
+        if not all(_in_range(array) for array in (factor, scale, mean * scale, offset - mean * scale)):
+            raise _out_of_range(label(node), "the scale or shift")
     along_channels = (-1, *(1,) * (len(value.shape) - 2))
-    return reader.affine(node, value, scale.reshape(along_channels), (offset - scale * mean).reshape(along_channels))
+    factor, gain, offset, mean = (array.reshape(along_channels) for array in (factor, gain, offset, mean))
+    centred = reader.affine(node, value, np.ones(()), -mean)
+    # Both always, also where they multiply by 1: two operations stand for the up to five roundings of a factor.
+    return reader.scaled(node, reader.scaled(node, centred, factor, np.zeros(())), gain, offset)
 
 
 def _flatten(reader: _Reader, node: NodeProto) -> _Value:
@@ -744,8 +812,9 @@ _READERS: dict[str, Callable[[_Reader, NodeProto], _Value]] = {
 def write(graph: Graph, name: str) -> bytes:
     """An ONNX file of a graph: float32, a symbolic batch axis, the same bytes for the same graph and name.
 
-    `read` gives back the graph up to rounding to float32 (exactly, where the graph came from float32) and up to
-    folding of shifts and scales. Raises OverflowError naming the operation whose constant is beyond float32.
+    `read` gives back the graph up to rounding to float32 (exactly, where the graph came from float32); operations that
+    do nothing are gone then, and a shift after a product without a bias is its bias. Raises OverflowError naming the
+    operation whose constant is beyond float32.
     """
     writer = _Writer(graph)
     for operation in graph.operations:
@@ -786,8 +855,11 @@ class _Writer:
         self.labels: set[str] = set()
         self.names = {graph.input, *(operation.target for operation in graph.operations)}
 
-    def node(self, kind: str, inputs: list[str], target: str, name: str = "", **of: Any) -> None:
-        self.nodes.append(onnx.helper.make_node(kind, inputs, [target], name=_unused(name, self.labels), **of))
+    def node(self, kind: str, inputs: list[str], target: str, name: str = "", **of: Any) -> str:
+        """Adds a node; its name, numbered where another node has it."""
+        name = _unused(name, self.labels)
+        self.nodes.append(onnx.helper.make_node(kind, inputs, [target], name=name, **of))
+        return name
 
     def fresh(self, name: str) -> str:
         return _unused(name, self.names)
@@ -810,9 +882,9 @@ class _Writer:
                 self.node("Gemm", inputs, op.target, op.name, transB=1)
             else:
                 product = self.fresh(f"{op.target}.product") if bias.any() else op.target
-                self.node("MatMul", [op.source, self.constant(op, "weight", weight.T)], product, op.name)
+                name = self.node("MatMul", [op.source, self.constant(op, "weight", weight.T)], product, op.name)
                 if bias.any():
-                    self.node("Add", [product, self.constant(op, "bias", bias)], op.target, f"{op.name}.bias")
+                    self.node("Add", [product, self.constant(op, "bias", bias)], op.target, f"{name}.bias")
         elif isinstance(op, Conv):
             inputs = [
                 op.source,
@@ -841,12 +913,12 @@ class _Writer:
             raise TypeError(f"{type(op).__name__} ({op.name}) has no ONNX form here")
 
     def scale(self, op: Scale) -> None:
-        scaled, moved = op.source, bool(np.any(op.shift))
+        scaled, moved, name = op.source, bool(np.any(op.shift)), op.name
         scales = not moved or bool(np.any(np.asarray(op.scale) != 1))
         if scales:
             scaled = self.fresh(f"{op.target}.scaled") if moved else op.target
             factor = self.constant(op, "scale", np.asarray(op.scale, float))
-            self.node("Mul", [op.source, factor], scaled, op.name)
+            name = self.node("Mul", [op.source, factor], scaled, op.name)
         if moved:
             shift = self.constant(op, "shift", np.asarray(op.shift, float))
-            self.node("Add", [scaled, shift], op.target, f"{op.name}.shift" if scales else op.name)
+            self.node("Add", [scaled, shift], op.target, f"{name}.shift" if scales else name)

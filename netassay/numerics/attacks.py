@@ -76,17 +76,19 @@ def pgd(
         surrogate = _Surrogate.of(graph)
         lower, upper = _representable(region)
         centre = torch.minimum(torch.maximum(region.centre, lower), upper)
-        points = [centre[:, None]]
-        if restarts > 1:
-            points.append(torch.stack([_random(region, item, restarts - 1, seed) for item, seed in enumerate(seeds)]))
-        if starts is not None:
-            points.append(starts)
-        x = torch.cat(points, dim=1)
-        size = max(1, _ROWS // x.shape[1])
-        parts = [
-            _descend(surrogate, region[which], (lower[which], upper[which]), labels[which], x[which], steps)
-            for which in (slice(start, start + size) for start in range(0, len(region), size))
-        ]
+        size = max(1, _ROWS // (restarts + (0 if starts is None else starts.shape[1])))
+        parts = []
+        for first in range(0, len(region), size):
+            which = slice(first, first + size)
+            # Drawn block by block: the starts of a large batch would take more memory than the network does.
+            points = [centre[which][:, None]]
+            if restarts > 1:
+                drawn = [_random(region, first + item, restarts - 1, seed) for item, seed in enumerate(seeds[which])]
+                points.append(torch.stack(drawn))
+            if starts is not None:
+                points.append(starts[which])
+            box, x = (lower[which], upper[which]), torch.cat(points, dim=1)
+            parts.append(_descend(surrogate, region[which], box, labels[which], x, steps))
         found, margins = (torch.cat(column) for column in zip(*parts, strict=True))
         rounded = torch.minimum(torch.maximum(found.float().double(), lower), upper)
         return Attack(rounded, margins, contains(region, rounded))

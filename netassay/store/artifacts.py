@@ -70,7 +70,9 @@ class Artifacts:
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _sync(self.folder.parent)
         handle, name = tempfile.mkstemp(prefix=".arriving-", dir=self.folder)
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(os.fdopen(handle, "wb"))
@@ -81,15 +83,23 @@ class Artifacts:
                 os.fsync(file.fileno())
                 os.chmod(name, 0o644)
                 target = self.folder / digest[:2] / digest
+                new = not target.parent.is_dir()
                 target.parent.mkdir(exist_ok=True)
                 os.replace(name, target)
-                directory = os.open(target.parent, os.O_RDONLY)
-                try:
-                    os.fsync(directory)
-                finally:
-                    os.close(directory)
+                _sync(target.parent)
+                if new:
+                    _sync(self.folder)
 
             yield file, place
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to disk: a synced file whose name is not is lost by a power cut all the same."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 _current: contextvars.ContextVar[Artifacts | None] = contextvars.ContextVar("artifacts", default=None)

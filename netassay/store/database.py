@@ -1,12 +1,13 @@
-"""One door to the database of records: SQLite now, any SQLAlchemy URL by the same calls.
+"""One door to the database of records: SQLite now, another database later by the same calls.
 
 SQLite runs in WAL mode; every write takes the lock at its start (BEGIN IMMEDIATE), so a transaction never fails
-half-way for want of it; a thread has its own connection.
+half-way for want of it; a connection serves one thread at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.pool import SingletonThreadPool
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.pool import QueuePool
 
 from netassay.errors import UserError
 from netassay.settings import settings
@@ -25,6 +26,8 @@ from netassay.store import tables
 BUSY_SECONDS = 30
 #: The newest migration in netassay/store/migrations; a store of another one is refused or upgraded.
 SCHEMA = "0001"
+#: The first SQLite with RETURNING (March 2021).
+OLDEST_SQLITE = (3, 35, 0)
 
 #: What a database that is down, locked, full or cut off raises: worth trying again.
 Outage: tuple[type[DBAPIError], ...] = (OperationalError, InterfaceError)
@@ -35,21 +38,35 @@ class StoreError(UserError):
 
 
 class Database:
-    """A store's records. Cheap to make; connections open at first use."""
+    """A store's records. Cheap to make; connections open at first use.
+
+    Raises StoreError for a URL that is none, or not of SQLite.
+    """
 
     def __init__(self, url: str | None = None) -> None:
-        self.url = make_url(url or settings().store_url)
-        if self.url.get_backend_name() == "sqlite":
-            self.engine = create_engine(
-                self.url,
-                poolclass=SingletonThreadPool,
-                pool_size=64,
-                connect_args={"timeout": BUSY_SECONDS, "isolation_level": None},
+        given = url or settings().store_url
+        try:
+            self.url = make_url(given)
+        except ArgumentError:
+            raise StoreError(
+                f"NETASSAY_STORE is no database URL: {given!r}; leave it empty, or give sqlite:////folder/store.sqlite"
+            ) from None
+        if self.url.get_backend_name() != "sqlite":
+            raise StoreError(
+                f"this release keeps its records in SQLite only, not in {self.url.get_backend_name()}; leave "
+                "NETASSAY_STORE empty, or give sqlite:////folder/store.sqlite (on a disk of this host)"
             )
-            event.listen(self.engine, "connect", _prepare_sqlite)
-            event.listen(self.engine, "begin", _begin_sqlite)
-        else:
-            self.engine = create_engine(self.url, pool_pre_ping=True)
+        self.engine = create_engine(
+            self.url,
+            # Size 0 is no bound: as many connections as threads work at once, each in the hands of one of them. A
+            # bounded pool of one connection a thread would close those that other threads are using.
+            poolclass=QueuePool,
+            pool_size=0,
+            pool_use_lifo=True,
+            connect_args={"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False},
+        )
+        event.listen(self.engine, "connect", _prepare_sqlite)
+        event.listen(self.engine, "begin", _begin_sqlite)
 
     @property
     def sqlite(self) -> bool:
@@ -79,8 +96,13 @@ class Database:
     def prepare(self) -> None:
         """Create the tables where there are none, upgrade those of an older schema.
 
-        Raises StoreError where the store is newer than this program, or no store at all.
+        Raises StoreError where the store is newer than this program, or no store at all, or SQLite is too old.
         """
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            raise StoreError(
+                f"this Python comes with SQLite {sqlite3.sqlite_version}; netassay needs "
+                f"{'.'.join(map(str, OLDEST_SQLITE))} or newer: use a newer Python, or one of conda-forge"
+            )
         if self.sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -147,9 +169,9 @@ class Database:
         )
         return connection.exec_driver_sql(statement, rows).rowcount
 
-    def persist(self, attempts: float, action: Any) -> Any:
-        """Call `action` until it succeeds or `attempts` seconds of outages have passed."""
-        deadline, pause = time.monotonic() + attempts, 0.05
+    def persist(self, seconds: float, action: Any) -> Any:
+        """Call `action` until it succeeds or `seconds` of outages have passed."""
+        deadline, pause = time.monotonic() + seconds, 0.05
         while True:
             try:
                 return action()

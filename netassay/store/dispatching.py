@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Row, text
 
+from netassay.job import BUILDER
 from netassay.store.database import Database
-from netassay.store.reset import make_ready
 
 #: A chunk should take about this long: short enough to share and to give back, long enough to vanish in the overhead.
 CHUNK_SECONDS = 2.0
 #: More jobs in one transaction keep others waiting.
 CHUNK_JOBS = 10_000
-#: As many worker losses while it ran make a job suspect of causing them.
+#: As many worker losses with it in hand make a job suspect of causing them.
 LOSSES_SUSPECT = 3
+#: A segment none of which is cut into chunks yet, one with some left: the conditions of the indexes in `tables`.
+FRESH, LEFT = "s.waiting = 0 AND s.next = s.start AND s.next < s.stop", "s.waiting = 0 AND s.next < s.stop"
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,23 @@ class Backlog:
     claimed: int
 
 
-def published(connection: Connection) -> int:
-    """How many chunks are published and not claimed."""
-    return connection.execute(text("SELECT count(*) FROM chunk WHERE state = 'published'")).scalar_one()
+@dataclass(frozen=True)
+class Waiting:
+    """Chunks published and not claimed, and the seconds they are predicted to take."""
+
+    chunks: int
+    seconds: float
+
+
+def waiting(connection: Connection) -> Waiting:
+    row = connection.execute(
+        text(
+            "SELECT count(*), coalesce(sum((c.stop - c.start) * coalesce(s.seconds, m.seconds, s.hint)), 0)"
+            " FROM chunk c JOIN segment s ON s.id = c.segment_id JOIN method_version m ON m.id = s.method_id"
+            " WHERE c.state = 'published'"
+        )
+    ).one()
+    return Waiting(*row)
 
 
 def backlog(connection: Connection) -> Backlog:
@@ -77,7 +93,7 @@ def open_batches(connection: Connection) -> list[OpenBatch]:
     rows = connection.execute(
         text(
             "SELECT id, name, weight FROM batch b WHERE state = 'open' AND ("
-            " EXISTS (SELECT 1 FROM segment s WHERE s.batch_id = b.id AND s.waiting = 0 AND s.next < s.stop)"
+            f" EXISTS (SELECT 1 FROM segment s INDEXED BY segment_left WHERE s.batch_id = b.id AND {LEFT})"
             " OR EXISTS (SELECT 1 FROM chunk c JOIN segment s ON s.id = c.segment_id"
             "  WHERE c.state = 'ready' AND c.batch_id = b.id AND s.waiting = 0)) ORDER BY id"
         )
@@ -105,18 +121,17 @@ def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Messag
         if stop - start > largest:  # given back in one piece by a lost worker, but slower than was thought
             stop = start + largest
             connection.execute(text("UPDATE chunk SET stop = :stop WHERE id = :id"), {"stop": stop, "id": chunk_id})
-            make_ready(connection, batch.id, range(stop, row.stop))
+            connection.execute(
+                text(
+                    "INSERT INTO chunk (segment_id, batch_id, start, stop, state)"
+                    " VALUES (:s, :b, :start, :stop, 'ready')"
+                ),
+                {"s": row.segment_id, "b": batch.id, "start": stop, "stop": row.stop},
+            )
     else:
-        row = connection.execute(
-            text(
-                "SELECT s.id AS segment_id, s.start, s.stop, s.next, s.hint, s.seconds, s.group_size, s.label,"
-                " m.name AS method, m.seconds AS method_seconds"
-                " FROM segment s JOIN method_version m ON m.id = s.method_id"
-                " WHERE s.batch_id = :b AND s.waiting = 0 AND s.next < s.stop"
-                " ORDER BY s.next > s.start, s.start LIMIT 1"
-            ),
-            {"b": batch.id},
-        ).one_or_none()
+        row = _next_segment(connection, batch, "segment_fresh", FRESH) or _next_segment(
+            connection, batch, "segment_left", LEFT
+        )
         if row is None:
             return None
         start = row.next
@@ -133,6 +148,20 @@ def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Messag
     _mark(connection, chunk_id)
     label = f"{batch.name} / {row.method}{f' on {row.label}' if row.label else ''} / {start}..{stop - 1}"
     return Message(chunk_id, label, seconds=_seconds_a_job(row) * (stop - start))
+
+
+def _next_segment(connection: Connection, batch: OpenBatch, index: str, condition: str) -> Row | None:
+    """The batch's first segment of that condition, by its index. Left to itself SQLite may walk over all segments that
+    are cut up already; and with an inner join it may begin with the methods, and sort."""
+    return connection.execute(
+        text(
+            "SELECT s.id AS segment_id, s.start, s.stop, s.next, s.hint, s.seconds, s.group_size, s.label,"
+            " m.name AS method, m.seconds AS method_seconds"
+            f" FROM segment s INDEXED BY {index} LEFT JOIN method_version m ON m.id = s.method_id"
+            f" WHERE s.batch_id = :b AND {condition} ORDER BY s.start LIMIT 1"
+        ),
+        {"b": batch.id},
+    ).one_or_none()
 
 
 def _seconds_a_job(row: Row) -> float:
@@ -199,7 +228,7 @@ def reclaim(database: Database, worker_id: int, counter: int) -> int | None:
         if not lost:
             return None
         chunks = connection.execute(
-            text("SELECT id, current, token FROM chunk WHERE worker_id = :id AND state = 'claimed'"), {"id": worker_id}
+            text("SELECT id, token FROM chunk WHERE worker_id = :id AND state = 'claimed'"), {"id": worker_id}
         ).all()
         for chunk in chunks:
             _count_loss(connection, worker_id, chunk)
@@ -208,27 +237,30 @@ def reclaim(database: Database, worker_id: int, counter: int) -> int | None:
 
 
 def _count_loss(connection: Connection, worker_id: int, chunk: Row) -> None:
-    """A worker died while these jobs ran. Most often that is not their fault: it is counted apart from attempts,
-    until it has happened so often that each further time is one."""
-    jobs = [int(job) for job in (chunk.current or "").split()]
-    for job_id in jobs:
-        losses = connection.execute(
+    """A worker died with these jobs in hand. Most often that is not their fault: it is counted apart from attempts,
+    until it has happened so often that each further time a job had the chunk to itself is one.
+
+    All jobs of the chunk are counted, not those it last said were running: a chunk takes about as long as two such
+    reports are apart, so a job that kills at once is never the reported one. `claim` then halves the suspects until
+    the culprit is alone.
+    """
+    losses = connection.execute(
+        text(
+            "INSERT INTO worker_loss (job_id, losses) SELECT job_id, 1 FROM running WHERE chunk_id = :id"
+            " ON CONFLICT (job_id) DO UPDATE SET losses = worker_loss.losses + 1 RETURNING job_id, losses"
+        ),
+        {"id": chunk.id},
+    ).all()
+    job_id, number = losses[0] if len(losses) == 1 else (0, 0)
+    if number > LOSSES_SUSPECT:
+        connection.execute(
             text(
-                "INSERT INTO worker_loss (job_id, losses) VALUES (:id, 1)"
-                " ON CONFLICT (job_id) DO UPDATE SET losses = worker_loss.losses + 1 RETURNING losses"
+                "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone,"
+                " message, log) VALUES (:job, :chunk, :token, :worker, :now, :now, 'crash', 1, :message, '')"
             ),
-            {"id": job_id},
-        ).scalar_one()
-        if losses > LOSSES_SUSPECT and len(jobs) == 1:
-            now = time.time()
-            connection.execute(
-                text(
-                    "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone,"
-                    " message, log) VALUES (:job, :chunk, :token, :worker, :now, :now, 'crash', 1, :message, '')"
-                ),
-                {"job": job_id, "chunk": chunk.id, "token": chunk.token, "worker": worker_id, "now": now,
-                 "message": f"the whole worker was lost while this job ran alone, after {losses - 1} such losses"},
-            )  # fmt: skip
+            {"job": job_id, "chunk": chunk.id, "token": chunk.token, "worker": worker_id, "now": time.time(),
+             "message": f"the whole worker was lost while this job ran alone, after {number - 1} such losses"},
+        )  # fmt: skip
 
 
 def release(connection: Connection, chunk_id: int, state: str = "ready") -> None:
@@ -314,7 +346,12 @@ JUDGED_JOBS = 20
 
 
 def pause_hopeless(database: Database) -> list[str]:
-    """Pause open batches whose first 20 jobs to end all failed with one cause. Returns what to say about each."""
+    """Pause open batches whose first 20 jobs to end all failed with one cause. Returns what to say about each.
+
+    What ended before the batch was submitted is not judged (cached failures are old news), nor is the building of
+    networks: as long as fewer than 20 other jobs have ended, nothing is decided. Clocks of hosts are compared here; one
+    that goes wrong delays the verdict or lets a cached failure count, no more.
+    """
     said = []
     with database.read() as connection:
         candidates = connection.execute(
@@ -327,16 +364,15 @@ def pause_hopeless(database: Database) -> list[str]:
             {"n": JUDGED_JOBS},
         ).all()
     for batch in candidates:
+        with database.read() as connection:
+            if len(_first_ends(connection, batch.id)) < JUDGED_JOBS:
+                continue
         with database.write() as connection:
-            ends = connection.execute(
-                text(
-                    "SELECT r.state, r.cause, r.message FROM membership m JOIN record r ON r.job_id = m.job_id"
-                    " WHERE m.batch_id = :b ORDER BY r.finished_at, m.ordinal LIMIT :n"
-                ),
-                {"b": batch.id, "n": JUDGED_JOBS},
-            ).all()
+            ends = _first_ends(connection, batch.id)  # again: a retry may have come in between
+            if len(ends) < JUDGED_JOBS:
+                continue
             causes = {row.cause if row.state == "failed" else "" for row in ends}
-            hopeless = len(causes) == 1 and "" not in causes and len(ends) == JUDGED_JOBS
+            hopeless = len(causes) == 1 and "" not in causes
             reason = (
                 f"its first {JUDGED_JOBS} jobs all failed with cause {ends[0].cause} ({ends[0].message[:200]}); "
                 f"resume it if that is expected"
@@ -353,6 +389,20 @@ def pause_hopeless(database: Database) -> list[str]:
         if hopeless:
             said.append(f"batch {batch.name} paused itself: {reason}")
     return said
+
+
+def _first_ends(connection: Connection, batch_id: int) -> Sequence[Row]:
+    """State, cause and message of the batch's first 20 jobs to end since it was submitted."""
+    return connection.execute(
+        text(
+            "SELECT r.state, r.cause, r.message FROM batch b JOIN membership m ON m.batch_id = b.id"
+            " JOIN record r ON r.job_id = m.job_id JOIN job j ON j.id = m.job_id"
+            " JOIN method_version v ON v.id = j.method_id"
+            " WHERE b.id = :b AND r.finished_at >= b.submitted_at AND v.name <> :builder"
+            " ORDER BY r.finished_at, m.ordinal LIMIT :n"
+        ),
+        {"b": batch_id, "builder": BUILDER, "n": JUDGED_JOBS},
+    ).all()
 
 
 def finish_batches(database: Database) -> None:

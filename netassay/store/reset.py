@@ -50,10 +50,15 @@ def _forget(connection: Connection, places: str) -> int:
     # What needs one of these jobs has to wait for it again, and what is run again looks anew at what it needs.
     connection.execute(
         text(
-            "UPDATE segment SET waiting = 1 WHERE id IN (SELECT n.segment_id FROM need n"
-            f" WHERE n.job_id IN ({places}) OR n.segment_id IN (SELECT s.id FROM segment s JOIN membership m"
-            " ON m.batch_id = s.batch_id AND m.ordinal >= s.start AND m.ordinal < s.stop"
-            f" WHERE m.job_id IN ({places})))"
+            f"UPDATE segment SET waiting = 1 WHERE id IN (SELECT n.segment_id FROM need n WHERE n.job_id IN ({places}))"
+        )
+    )
+    # Of the segments that begin at or before an ordinal, the last is the one that holds it.
+    connection.execute(
+        text(
+            "UPDATE segment SET waiting = 1 WHERE id IN (SELECT n.segment_id FROM need n WHERE n.segment_id IN ("
+            " SELECT (SELECT s.id FROM segment s WHERE s.batch_id = m.batch_id AND s.start <= m.ordinal"
+            f" ORDER BY s.start DESC LIMIT 1) FROM membership m WHERE m.job_id IN ({places})))"
         )
     )
     return ended

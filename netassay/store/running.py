@@ -26,6 +26,8 @@ _Refused = (DataError, IntegrityError, ProgrammingError, UnicodeError, OverflowE
 
 #: A job that killed its child this often is not started again.
 MOST_STARTS = 3
+#: Characters of its log that a group's death leaves with each of its jobs.
+GROUP_LOG = 2048
 
 
 class StaleToken(Exception):
@@ -193,10 +195,15 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
         if chunk.batch_state != "open" or chunk.waiting or not alive:
             release(connection, chunk_id)
             return None
-        connection.execute(
-            text("UPDATE chunk SET state = 'claimed', token = :token, worker_id = :worker WHERE id = :id"),
+        taken = connection.execute(
+            text(
+                "UPDATE chunk SET state = 'claimed', token = :token, worker_id = :worker"
+                " WHERE id = :id AND state IN ('ready', 'published')"
+            ),
             {"id": chunk_id, "token": token, "worker": worker_id},
-        )
+        ).rowcount
+        if not taken:
+            return None
         connection.execute(
             text(
                 "INSERT INTO running (job_id, chunk_id) SELECT m.job_id, :chunk FROM membership m"
@@ -215,12 +222,18 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
             {"chunk": chunk_id, "batch": chunk.batch_id, "start": chunk.start, "stop": chunk.stop},
         ).all()
         deaths, losses = _history(connection, chunk_id)
+        few = _suspects([row.id for row in rows], losses)
+        if few:
+            # The rest is not ours to hold: `finish` gives it back, or leaves it to whoever takes it meanwhile.
+            places = ", ".join(map(str, few))
+            connection.execute(
+                text(f"DELETE FROM running WHERE chunk_id = :id AND job_id NOT IN ({places})"), {"id": chunk_id}
+            )
+            rows = [row for row in rows if row.id in few]
         given = _given(connection, chunk.segment_id)
-    if deaths or losses:
-        tasks = [
-            Task(job_id, params, deaths.get(job_id, 0), job_id in deaths or losses.get(job_id, 0) >= LOSSES_SUSPECT)
-            for job_id, params in rows
-        ]
+    if deaths or few:
+        alone = len(few) == 1
+        tasks = [Task(job_id, params, deaths.get(job_id, 0), alone or job_id in deaths) for job_id, params in rows]
     else:
         tasks = [Task(job_id, params) for job_id, params in rows]
     return Claim(
@@ -258,6 +271,19 @@ def _history(connection: Connection, chunk_id: int) -> tuple[dict[int, int], dic
     return {row[0]: row[1] for row in deaths}, {row[0]: row[1] for row in losses}
 
 
+def _suspects(jobs: Sequence[int], losses: Mapping[int, int]) -> frozenset[int]:
+    """The jobs to take alone where some are suspect of having cost their workers: the first half of the most suspect.
+
+    A half that costs another worker becomes more suspect than the other one, and is halved in turn: a culprit among n
+    jobs runs alone after log2(n) further losses. Empty where none is suspect.
+    """
+    most = max((losses.get(job, 0) for job in jobs), default=0)
+    if most < LOSSES_SUSPECT:
+        return frozenset()
+    suspects = [job for job in jobs if losses.get(job, 0) == most]
+    return frozenset(suspects[: -(-len(suspects) // 2)])
+
+
 def _given(connection: Connection, segment_id: int) -> dict[str, str]:
     rows = connection.execute(
         text(
@@ -270,7 +296,11 @@ def _given(connection: Connection, segment_id: int) -> dict[str, str]:
 
 
 def report_death(database: Database, worker_id: int, claim: Claim, death: Death) -> None:
-    """Write down, before anything else is tried, that a child died on these jobs. Raises StaleToken."""
+    """Write down, before anything else is tried, that a child died on these jobs. Raises StaleToken.
+
+    Of a group each job gets the end of the log only: a thousand copies of all of it would be 64 MB.
+    """
+    log = death.log if len(death.job_ids) == 1 else death.log[-GROUP_LOG:]
     with database.write() as connection:
         _fence(connection, claim)
         connection.execute(
@@ -282,7 +312,7 @@ def report_death(database: Database, worker_id: int, claim: Claim, death: Death)
             [
                 {"job": job_id, "chunk": claim.chunk_id, "token": claim.token, "worker": worker_id,
                  "started": death.started_at, "ended": death.ended_at, "cause": death.cause,
-                 "alone": int(len(death.job_ids) == 1), "message": death.message, "log": death.log}
+                 "alone": int(len(death.job_ids) == 1), "message": death.message, "log": log}
                 for job_id in death.job_ids
             ],
         )  # fmt: skip

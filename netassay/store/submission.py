@@ -6,6 +6,7 @@ state `arriving`, which is never dispatched.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ from sqlalchemy import Connection, text
 from netassay import faults
 from netassay.job import BUILDER, DETERMINISTIC
 from netassay.method import time_limit
-from netassay.store.database import Database, StoreError, slices
+from netassay.store.database import Database, Outage, StoreError, slices
 from netassay.store.reset import forget_records, make_ready
 
 
@@ -88,12 +89,12 @@ def submit(
         return _again(database, found, name, size)
     batch_id = _arrive(database, name, digest, weight, size)
     arrival = _Arrival(database, segments, progress)
-    ids = arrival.write_jobs()
-    rerun = _forget_retryable(database, sorted(arrival.known))
-    _write_memberships(database, batch_id, ids, progress)
-    rows, needs = _segment_rows(database, batch_id, segments, ids)
-    faults.reach("submit.arriving")
     try:
+        ids = arrival.write_jobs()
+        rerun = _forget_retryable(database, sorted(arrival.known))
+        _write_memberships(database, batch_id, ids, progress)
+        rows, needs = _segment_rows(batch_id, segments, ids, arrival.methods)
+        faults.reach("submit.arriving")
         with database.write(durable=True) as connection:
             found = _rival(connection, name, digest)
             if not found:
@@ -107,12 +108,14 @@ def submit(
                 if arrival.known:
                     _count_ended(connection, batch_id)
                 opened = connection.execute(
-                    text("UPDATE batch SET state = 'open' WHERE id = :id"), {"id": batch_id}
+                    text("UPDATE batch SET state = 'open' WHERE id = :id AND length(digest) > 0"), {"id": batch_id}
                 ).rowcount
                 if not opened:
                     raise StoreError("this submission stood still so long that it was taken for dead; submit it again")
-    except NameTaken:
-        discard(database, batch_id)
+    except BaseException:
+        # Ctrl-C too. Where the store is out, `discard_abandoned` finds the batch later; one that did open stays.
+        with contextlib.suppress(*Outage):
+            discard(database, batch_id)
         raise
     if found:
         discard(database, batch_id)
@@ -163,6 +166,7 @@ class _Arrival:
     segments: Sequence[Segment]
     progress: Callable[[float], None]
     known: set[int] = field(default_factory=set)
+    methods: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def write_jobs(self) -> list[int]:
         """Ids of the jobs in order: those the store knew (collected in `known`), and new ones."""
@@ -201,26 +205,18 @@ class _Arrival:
                 following += 1
 
     def _insert_jobs(self, ids: list[int]) -> None:
-        start = 0
-        for segment in self.segments:
-            stop = start + len(segment.keys)
+        methods = self.methods = _method_ids(self.database, self.segments)
+        jobs = (
+            (key, methods[segment.method, segment.version], params)
+            for segment in self.segments
+            for key, params in zip(segment.keys, segment.params, strict=True)
+        )
+        for start in range(0, len(ids), 10_000):
+            piece = zip(ids[start : start + 10_000], itertools.islice(jobs, 10_000), strict=True)
+            rows = [(job_id, *job) for job_id, job in piece if job_id not in self.known]
             with self.database.write() as connection:
-                method_id = method_id_of(connection, segment.method, segment.version)
-            for low in range(0, stop - start, 10_000):
-                rows = [
-                    (job_id, key, method_id, params)
-                    for job_id, key, params in zip(
-                        ids[start + low : min(start + low + 10_000, stop)],
-                        segment.keys[low : low + 10_000],
-                        segment.params[low : low + 10_000],
-                        strict=True,
-                    )
-                    if job_id not in self.known
-                ]
-                with self.database.write() as connection:
-                    self.database.insert(connection, "job", ("id", "key", "method_id", "params"), rows)
-                self.progress(0.1 + 0.4 * (start + low) / len(ids))
-            start = stop
+                self.database.insert(connection, "job", ("id", "key", "method_id", "params"), rows)
+            self.progress(0.1 + 0.4 * start / len(ids))
 
     def _insert_keys(self, keys: list[bytes], order: list[int], ids: list[int]) -> None:
         """Keys of the new jobs; where a rival submission was faster, its job is used and ours deleted."""
@@ -257,6 +253,15 @@ def method_id_of(connection: Connection, name: str, version: int) -> int:
     ).scalar_one()
 
 
+def _method_ids(database: Database, segments: Sequence[Segment]) -> dict[tuple[str, int], int]:
+    """Rows of all method versions that these segments are of."""
+    with database.write() as connection:
+        return {
+            (name, version): method_id_of(connection, name, version)
+            for name, version in dict.fromkeys((segment.method, segment.version) for segment in segments)
+        }
+
+
 def _forget_retryable(database: Database, known: list[int]) -> int:
     """A new submission runs again what failed for reasons that may pass."""
     if not known:
@@ -285,28 +290,26 @@ def _write_memberships(database: Database, batch_id: int, ids: list[int], progre
 
 
 def _segment_rows(
-    database: Database, batch_id: int, segments: Sequence[Segment], ids: list[int]
+    batch_id: int, segments: Sequence[Segment], ids: list[int], methods: Mapping[tuple[str, int], int]
 ) -> tuple[list[tuple], list[list[tuple[str, int]]]]:
     """Rows of the segments, and of each the (recipe, job that builds it) it needs."""
     rows, needs, start = [], [], 0
     builders: dict[str, int] = {}
-    with database.write() as connection:
-        for segment in segments:
-            stop = start + len(segment.keys)
-            method_id = method_id_of(connection, segment.method, segment.version)
-            wanted = [(recipe, builders[recipe]) for recipe in segment.recipes]
-            for offset, params in enumerate(segment.params if segment.method == BUILDER else ()):
-                builders[recipe_of(params)] = ids[start + offset]
-            rows.append(
-                (
-                    batch_id, start, stop, start, method_id, segment.group, segment.seconds,
-                    segment.time_limit or time_limit(segment.seconds),
-                    segment.memory_limit or segment.memory, segment.group_size, " ".join(segment.libraries),
-                    int(bool(wanted)),
-                )
-            )  # fmt: skip
-            needs.append(wanted)
-            start = stop
+    for segment in segments:
+        stop = start + len(segment.keys)
+        wanted = [(recipe, builders[recipe]) for recipe in segment.recipes]
+        for offset, params in enumerate(segment.params if segment.method == BUILDER else ()):
+            builders[recipe_of(params)] = ids[start + offset]
+        rows.append(
+            (
+                batch_id, start, stop, start, methods[segment.method, segment.version], segment.group, segment.seconds,
+                segment.time_limit or time_limit(segment.seconds),
+                segment.memory_limit or segment.memory, segment.group_size, " ".join(segment.libraries),
+                int(bool(wanted)),
+            )
+        )  # fmt: skip
+        needs.append(wanted)
+        start = stop
     return rows, needs
 
 
@@ -383,20 +386,27 @@ def _count_ended(connection: Connection, batch_id: int) -> None:
 
 def discard(database: Database, batch_id: int) -> None:
     """Remove a batch that never opened; its jobs stay, for whoever asks for them next."""
-    with database.write() as connection:
-        gone = connection.execute(
-            text("DELETE FROM batch WHERE id = :id AND state = 'arriving'"), {"id": batch_id}
-        ).rowcount
-    deleted = gone
+    # The batch row goes last: whoever dies on the way leaves something that is found and removed. Without its
+    # digest a batch cannot open: its submission may be slow rather than dead, and must not open what is half removed.
+    deleted = True
     while deleted:
         with database.write() as connection:
-            deleted = connection.execute(
-                text(
-                    "DELETE FROM membership WHERE batch_id = :id AND ordinal IN"
-                    " (SELECT ordinal FROM membership WHERE batch_id = :id LIMIT 10000)"
-                ),
-                {"id": batch_id},
+            arriving = connection.execute(
+                text("UPDATE batch SET digest = x'' WHERE id = :id AND state = 'arriving'"), {"id": batch_id}
             ).rowcount
+            if not arriving:
+                return
+            deleted = bool(
+                connection.execute(
+                    text(
+                        "DELETE FROM membership WHERE batch_id = :id AND ordinal IN"
+                        " (SELECT ordinal FROM membership WHERE batch_id = :id LIMIT 10000)"
+                    ),
+                    {"id": batch_id},
+                ).rowcount
+            )
+            if not deleted:
+                connection.execute(text("DELETE FROM batch WHERE id = :id"), {"id": batch_id})
 
 
 #: A submission of a million jobs takes half a minute; one that has been arriving for so long has died on the way.

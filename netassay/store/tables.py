@@ -98,7 +98,7 @@ segment = Table(
     "segment",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("batch_id", _Id, ForeignKey("batch.id"), nullable=False, index=True),
+    Column("batch_id", _Id, ForeignKey("batch.id"), nullable=False),
     Column("start", Integer, nullable=False),
     Column("stop", Integer, nullable=False),
     Column("next", Integer, nullable=False, comment="first ordinal not yet cut into a chunk"),
@@ -111,6 +111,12 @@ segment = Table(
     Column("group_size", Integer, nullable=False),
     Column("libraries", Text, nullable=False, comment="imported before limits are set, separated by spaces"),
     Column("waiting", Integer, nullable=False, comment="1: needs jobs that are not known to be done"),
+    Index("segment_batch", "batch_id", "start"),
+    # A batch may have a segment a job (one network each): what comes next must not be looked for among all of them.
+    # Queries use these only where they repeat the very words of the condition.
+    Index("segment_fresh", "batch_id", "start", sqlite_where=text("waiting = 0 AND next = start")),
+    Index("segment_left", "batch_id", "start", sqlite_where=text("waiting = 0 AND next < stop")),
+    Index("segment_waiting", "id", sqlite_where=text("waiting = 1")),
 )
 
 need = Table(
@@ -153,7 +159,7 @@ chunk = Table(
     Column("serial", BigInteger, comment="order of publication"),
     Column("token", Text),
     Column("worker_id", _Id),
-    Column("current", Text, comment="ids of the jobs its child runs now, as last reported"),
+    Column("current", Text, comment="ids of the jobs its child runs now, as last reported: for people"),
     Column("done", Integer, nullable=False, server_default="0"),
     Column("not_applicable", Integer, nullable=False, server_default="0"),
     Column("failed", Integer, nullable=False, server_default="0"),
@@ -207,7 +213,7 @@ worker_loss = Table(
     metadata,
     Column("job_id", _Id, primary_key=True, autoincrement=False),
     Column("losses", Integer, nullable=False),
-    comment="workers lost while this job was the running one",
+    comment="workers lost with a chunk in hand that had taken this job",
 )
 
 worker = Table(

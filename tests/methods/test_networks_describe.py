@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from netassay import networks
 from netassay.job import Record
-from netassay.method import NumericalError
+from netassay.method import InvalidInput, NumericalError
 from netassay.methods.networks import describe
 from netassay.networks import onnx_file, recipes
 from netassay.networks.graph import Conv, Graph, Relu
@@ -131,6 +131,58 @@ def test_weights_in_constant_nodes_count_too() -> None:
     result = described(model([held, node("MatMul", "x", "w")], [1, 3], {}, [1, 2]))
     assert [(row.operator, row.parameters, row.macs) for row in result.layers] == [("MatMul", 6, 6)]
     assert result.spectra[0].singular_values == pytest.approx([6**0.5, 0.0], abs=1e-12)
+
+
+def test_numbers_in_attributes_of_constant_nodes_count_too() -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["f"], value_floats=[1.0, 2.0, 3.0]),
+        helper.make_node("Constant", [], ["h"], value_float=0.5),
+        helper.make_node("Constant", [], ["t"], value_ints=[-1, 3]),
+        node("Mul", "x", "f", to="a"),
+        node("Add", "a", "h", to="b"),
+        node("Reshape", "b", "t"),
+    ]
+    result = described(model(nodes, [1, 3], {}, [1, 3]))
+    assert [row.parameters for row in result.layers] == [3, 1, 0]
+
+
+@pytest.mark.parametrize("batch", [1, 4, "open"])
+def test_costs_are_those_of_one_example_whatever_the_batch_of_the_file(batch: Any) -> None:
+    nodes = [
+        node("Gemm", "x", "w", "b", to="g"),
+        node("Relu", "g", to="r"),
+        node("Transpose", "r", to="t", perm=[1, 0]),
+        node("Neg", "t", to="n"),
+        node("Transpose", "n", perm=[1, 0]),
+    ]
+    result = described(model(nodes, [batch, 3], {"w": ones(3, 5), "b": ones(5)}, [batch, 5]))
+    assert [(row.macs, row.flops) for row in result.layers] == [(15, 30), (0, 5), (0, 0), (0, 5), (0, 0)]
+    assert [row.shape for row in result.layers[:2]] == [[1, 5], [1, 5]]
+    assert (result.macs, result.flops, result.parameters, result.unknown) == (15, 40, 20, 0)
+    assert result.output_shape == [1, 5]
+    assert result.input_shape == [None if batch == "open" else batch, 3]
+
+
+def test_what_does_not_work_on_each_example_of_a_fixed_batch_is_unknown() -> None:
+    nodes = [node("Neg", "c", to="m"), node("Add", "x", "m")]
+    result = described(model(nodes, [4, 3], {"c": ones(3)}, [4, 3]))
+    assert [row.flops for row in result.layers] == [None, 3]
+    assert result.unknown == 1
+
+
+def test_a_sparse_tensor_is_refused_by_name() -> None:
+    dense = onnx.load_model_from_string(model([node("MatMul", "x", "w")], [1, 2], {"w": ones(2, 2)}, [1, 2]))
+    values, places = ones(1), np.array([1])
+    sparse = helper.make_sparse_tensor(
+        numpy_helper.from_array(values, "w"), numpy_helper.from_array(places, "w.places"), [2, 2]
+    )
+    del dense.graph.initializer[:]
+    dense.graph.sparse_initializer.append(sparse)
+    with pytest.raises(InvalidInput, match="'w' is stored sparse"):
+        described(dense.SerializeToString())
+    held = helper.make_node("Constant", [], ["w"], sparse_value=sparse)
+    with pytest.raises(InvalidInput, match="'w' is stored sparse"):
+        described(model([held, node("MatMul", "x", "w")], [1, 2], {}, [1, 2]))
 
 
 def test_singular_values_are_those_the_weight_was_made_of() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from netassay.job import Record  # noqa: E402
 from netassay.method import Failure, InvalidInput, NotApplicable, NumericalError  # noqa: E402
 from netassay.methods.verification import certify  # noqa: E402
 from netassay.networks import onnx_file, recipes  # noqa: E402
-from netassay.networks.graph import Conv, Dense, Graph, Relu, Reshape  # noqa: E402
+from netassay.networks.graph import Conv, Dense, Graph, Relu, Reshape, Scale  # noqa: E402
 from netassay.store import artifacts  # noqa: E402
 
 
@@ -251,6 +252,183 @@ def test_overflow_is_a_numerical_error_and_not_a_verdict() -> None:
     network = linear(np.full((10, 64), 1e38), np.zeros(10))
     with pytest.raises(NumericalError, match="not finite"):
         certify.run(certify.Params(network=network, index=0, radius=1e300, clip=False))
+
+
+def dense(*layers: tuple[np.ndarray, np.ndarray], between: tuple = ()) -> str:
+    """Flatten, dense layers with ReLU between them; constants of float32."""
+    operations: list = [*between] or [Reshape("flatten", "x", "f", (64,))]
+    for place, (weight, bias) in enumerate(layers):
+        weight, bias = (np.asarray(array, np.float32).astype(np.float64) for array in (weight, bias))
+        if place:
+            operations.append(Relu(f"relu{place}", operations[-1].target, f"a{place}", operations[-1].shape))
+        operations.append(Dense(f"d{place}", operations[-1].target, f"z{place}", (len(bias),), weight, bias))
+    return kept(Graph(tuple(operations), "x", operations[-1].target, (1, 8, 8), operations[-1].shape))
+
+
+def replayed(network: str, points: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(networks.content(network), providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0]
+    outputs = [session.run(None, {given.name: p.reshape(1, 1, 8, 8).astype(np.float32)})[0].ravel() for p in points]
+    return np.stack(outputs)
+
+
+def test_a_sum_that_may_overflow_in_float32_is_never_certified() -> None:
+    images = data.load("digits", "test")
+    x, label = images.x[0].ravel(), int(images.y[0])
+    first = np.zeros((1, 64))
+    # 3e38 + 3e38 - 3e38 over three pixels that are 1: finite in exact arithmetic, infinite in float32 after two terms.
+    first[0, np.flatnonzero(x == 1)[:3]] = [3e38, 3e38, -3e38]
+    network = dense((first, np.zeros(1)), (np.eye(10)[:, [label]] * 1e-38, np.zeros(10)))
+    assert not np.isfinite(replayed(network, images.x[:1])).all()
+    with pytest.raises(NumericalError, match="may overflow"):
+        certify.run(certify.Params(network=network, index=0, radius=0.001))
+
+
+def test_an_upper_end_of_minus_infinity_is_not_taken_to_zero_by_relu() -> None:
+    label = int(data.load("digits", "test").y[0])
+    big = np.full((1, 1), -3e38)
+    layers = [(np.full((1, 64), 3e38), np.zeros(1))] + [(-big, np.zeros(1))] * 8 + [(big, np.zeros(1))]
+    network = dense(*layers, (np.eye(10)[:, [0]], np.eye(10)[label]))
+    with pytest.raises(NumericalError, match="not finite"):
+        certify.run(certify.Params(network=network, index=0, radius=0.001))
+
+
+def test_a_misclassified_image_is_falsified_whatever_its_bounds_and_a_radius_at_fault_is_named() -> None:
+    label = int(data.load("digits", "test").y[0])
+    wrong, right = (linear(np.ones((10, 64)), np.eye(10)[best]) for best in ((label + 1) % 10, label))
+    ask = {"index": 0, "radius": 1.7e308, "clip": False}
+    result = certify.run(certify.Params(network=wrong, **ask))
+    assert (result.verdict, result.by, result.margin_ibp) == ("falsified", "clean", -np.inf)
+    with pytest.raises(NumericalError, match=r"radius 1\.7e\+308.*a smaller radius"):
+        certify.run(certify.Params(network=right, **ask))
+
+
+def test_a_layer_too_wide_for_float32_bounds_fails_alone_with_advice() -> None:
+    widths = [64, 1, 200_000, 1, 10]
+    network = dense(*((np.zeros((out, n)), np.zeros(out)) for n, out in itertools.pairwise(widths)))
+    first, second = certify.run_many([certify.Params(network=network, index=i, radius=0.01) for i in (0, 1)])
+    for outcome in (first, second):
+        assert isinstance(outcome, Failure)
+        assert outcome.cause == "not_applicable"
+        assert "fewer than 160,000" in outcome.message
+
+
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_float32_rounding_inside_a_network_is_part_of_the_certificate(norm: str) -> None:
+    """Adding and subtracting 1e8 leaves nothing of a pixel in float32, while in exact arithmetic nothing happens."""
+    images = data.load("digits", "test")
+    label, brightest = int(images.y[0]), int(images.x[0].ravel().argmax())
+    shift = np.array([1e8])
+    before = (
+        Scale("add", "x", "s", (1, 8, 8), np.ones((1, 1, 1)), shift.reshape(1, 1, 1)),
+        Reshape("flatten", "s", "f", (64,)),
+        Scale("subtract", "f", "t", (64,), np.ones(64), np.full(64, -1e8)),
+    )
+    other = np.full(10, -1.0)
+    other[label], other[(label + 1) % 10] = 0.0, np.float32(0.9999)
+    network = dense((np.eye(64)[[brightest]], np.zeros(1)), (np.eye(10)[:, [label]], other), between=before)
+    # From just below 1 the pixel falls to 0 behind the two shifts, and the other class wins.
+    points = np.repeat(images.x[:1].reshape(1, 64), 2, 0).astype(np.float32)
+    points[:, brightest] = [1 - 2.0**-24, 1 - 2.0**-20]
+    assert (replayed(network, points).argmax(1) != label).any()
+    assert certify.run(certify.Params(network=network, index=0, radius=1e-5, norm=norm)).verdict != "certified"
+
+
+def edge(network: list, label: int, region: certify.Ball, evaluated: torch.dtype | None) -> float:
+    """The least margin that CROWN proves."""
+    graph = networks.load(dense(*network))
+    rows = certify._rows(torch.tensor([label]), 10)
+    return float(certify.backward.lower(graph, region, rows, evaluated=evaluated).lower.amin())
+
+
+def test_certificates_at_the_edge_stand_in_onnxruntime_and_leave_room_for_float32() -> None:
+    """The label's bias is tuned so that the exact margin over the ball is positive by less than float32 can err."""
+    images, verdicts = data.load("digits", "test"), []
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+        x, label = images.x[seed], int(images.y[seed])
+        layers = [
+            (generator.normal(size=(20, 64)), generator.normal(size=20)),
+            (generator.normal(size=(20, 20)), generator.normal(size=20)),
+            (generator.normal(size=(10, 20)), np.zeros(10)),
+        ]
+        region = certify.Ball("inf", torch.tensor(np.array(x))[None], torch.tensor([1e-4], dtype=torch.float64), 0, 1)
+        exact, float32 = (edge(layers, label, region, evaluated) for evaluated in (None, torch.float32))
+        assert float32 < exact
+        for target, certified in ((-exact + (exact - float32) / 2, False), (-float32 + (exact - float32) / 2, True)):
+            layers[-1][1][label] = target
+            network = dense(*layers)
+            result = certify.run(certify.Params(network=network, index=seed, radius=1e-4, steps=3, restarts=1))
+            verdicts.append(result.verdict)
+            assert (result.verdict == "certified") == certified
+            if certified:
+                steps = generator.choice([-1, 1], size=(20, 64))
+                points = np.clip(x.ravel() + 0.999e-4 * steps, 0, 1).astype(np.float32)
+                assert (replayed(network, points).argmax(1) == label).all()
+    assert verdicts.count("certified") == 12
+
+
+def test_a_counterexample_counts_only_if_onnxruntime_on_the_file_agrees(
+    monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
+    asked = jobs(trained, 20, radius=0.1)
+    before = certify.run_many(asked)
+    assert {("falsified", "attack"), ("falsified", "clean")} <= {(result.verdict, result.by) for result in before}
+    labels = [result.label for result in before]
+    run = certify.replay.outputs
+    for spoilt in ("label", "nan"):
+
+        def outputs(reference: str, x: np.ndarray, spoilt: str = spoilt) -> np.ndarray:
+            y = run(reference, x).copy()
+            y[:] = np.nan if spoilt == "nan" else 0
+            return y
+
+        with monkeypatch.context() as patch:
+            patch.setattr(certify.replay, "outputs", outputs)
+            for result, label in zip(certify.run_many(asked), labels, strict=True):
+                # All outputs 0: the class is 0, a misclassification of every other label.
+                assert result.verdict != "falsified" or (spoilt == "label" and label != 0)
+
+
+@pytest.mark.parametrize("judge", ["contains", "float32"])
+def test_every_judge_of_a_counterexample_is_asked(monkeypatch: pytest.MonkeyPatch, trained: str, judge: str) -> None:
+    asked = jobs(trained, 20, radius=0.1)
+    assert any(result.by == "attack" for result in certify.run_many(asked))
+    if judge == "contains":
+        none = lambda region, points: torch.zeros(len(points), dtype=torch.bool)  # noqa: E731
+        monkeypatch.setattr(certify.attacks, "contains", none)
+        results = certify.run_many(asked)
+        assert all(result.by != "attack" and result.margin_attack is None for result in results)
+        return
+    forward = certify.forward
+
+    def righted(graph: Graph, x: torch.Tensor) -> torch.Tensor:
+        outputs = forward(graph, x)
+        return outputs if x.dtype == torch.float64 else torch.full_like(outputs, torch.nan)
+
+    monkeypatch.setattr(certify, "forward", righted)
+    assert all(result.verdict != "falsified" for result in certify.run_many(asked))
+
+
+def test_the_replay_takes_one_input_of_any_declared_shape_and_says_why_a_file_cannot_run(trained: str) -> None:
+    x = data.load("digits", "test").x[0]
+    ours = networks.evaluate.forward(networks.load(trained), torch.tensor(np.array(x))[None].float())
+    for shape in ((1, 8, 8), (64,)):
+        theirs = certify.replay.outputs(trained, x.reshape(shape))
+        np.testing.assert_allclose(theirs, ours.flatten().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InvalidInput, match="onnxruntime cannot run"):
+        certify.replay.outputs(networks.keep(b"no network"), x)
+
+
+def test_what_an_attack_needs_grows_with_its_steps_and_starts_and_both_are_limited(trained: str) -> None:
+    ask = {"network": trained, "index": 0, "radius": 0.1}
+    usual = certify.needs(certify.Params(**ask))
+    longer = certify.needs(certify.Params(**ask, steps=1000, restarts=100))
+    assert usual == certify.NEEDS
+    assert longer.seconds > 100 * usual.seconds
+    for more in ({"steps": 10_001}, {"restarts": 1_001}):
+        with pytest.raises(ValidationError):
+            certify.Params(**ask, **more)
 
 
 def record(ordinal: int, radius: float, state: str, **result: object) -> Record:

@@ -2,7 +2,9 @@
 
     FLOPs = 2 x MACs        singular values s_1 >= s_2 >= ... of each weight matrix W
 
-A MAC is one multiplication with its addition; MACs and FLOPs are those of one example (batch 1). Conventions:
+A MAC is one multiplication with its addition; MACs and FLOPs are those of one example. An open batch axis counts as
+1; a batch fixed at b > 1 (the first axis of input and output is b) is divided out, and shapes shown with 1 for b. An
+operator whose cost is no multiple of b is unknown then: it does not work on examples. Conventions:
 
 * Gemm, MatMul, Conv: MACs = outputs x terms in the sum of one output (padding counted as if it were data), FLOPs =
   2 MACs; a bias is where the sum starts and costs nothing.
@@ -17,9 +19,9 @@ A parameter is a stored floating-point number, counted where it is first read; m
 BatchNormalization are `statistics` instead. Spectra: the stored weight of each Gemm, MatMul (by a matrix) and Conv; a
 kernel as the matrix out x (in / groups x kh x kw), whose spectrum is not that of the convolution acting on images.
 
-Reads any valid ONNX file, also with operators that no bound rule here knows. Cost: one pass over the file; each
-spectrum of an m x n matrix costs O(m n min(m, n)): `spectra: false` leaves them out. There is no `run_many`: networks
-share nothing to vectorise over.
+Reads any valid ONNX file without sparse tensors, also with operators that no bound rule here knows. Cost: one pass over
+the file; each spectrum of an m x n matrix costs O(m n min(m, n)): `spectra: false` leaves them out. There is no
+`run_many`: networks share nothing to vectorise over.
 
 Reference: Bai, Lu, Zhang, et al. ONNX: Open Neural Network Exchange. 2019. Shapes are inferred by its own library.
 """
@@ -27,20 +29,20 @@ Reference: Bai, Lu, Zhang, et al. ONNX: Open Neural Network Exchange. 2019. Shap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from netassay import figure, networks
 from netassay.fields import AnyNetworkRef, Array
 from netassay.heavy import np, onnx
 from netassay.job import Record
-from netassay.method import Contract, Needs, NumericalError
+from netassay.method import Contract, InvalidInput, Needs, NumericalError
 from netassay.networks import onnx_file
 from netassay.store import storable
 
 if TYPE_CHECKING:
     import numpy
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, ValueInfoProto
 
 VERSION = 1
 #: Of a trained network: training magnifies the last bit of a processor's arithmetic.
@@ -57,7 +59,7 @@ class Params(Contract):
 
 
 class Layer(Contract):
-    """One node of the file. shape: of its first output, with a batch axis of 1 where the file has one."""
+    """One node of the file. shape: of its first output, with a batch axis of 1 where the file has a batch axis."""
 
     name: str
     operator: str
@@ -115,7 +117,7 @@ def run(params: Params) -> Result:
     return Result(
         operator_set=max((e.version for e in proto.opset_import if e.domain in ("", "ai.onnx")), default=0),
         input_shape=facts.declared,
-        output_shape=_listed(facts.shapes.get(outputs[0].name)) if len(outputs) == 1 else None,
+        output_shape=facts.shape_of_one(outputs[0].name) if len(outputs) == 1 else None,
         layers=layers,
         parameters=sum(layer.parameters for layer in layers),
         statistics=sum(layer.statistics for layer in layers),
@@ -127,16 +129,22 @@ def run(params: Params) -> Result:
 
 
 class _Facts:
-    """What is known of the tensors of one file: `shapes` and `constants` by name."""
+    """What is known of the tensors of one file: `shapes` (as declared) and `constants` by name; `batch`, if fixed."""
 
     def __init__(self, proto: ModelProto) -> None:
         self.nodes = list(proto.graph.node)
         self.constants: dict[str, Any] = {tensor.name: tensor for tensor in proto.graph.initializer}
+        for tensor in proto.graph.sparse_initializer:
+            raise _sparse(tensor.values.name)
         for node in self.nodes:
             if node.op_type == "Constant":
-                tensor = next((a.t for a in node.attribute if a.name == "value"), None)
-                if tensor is not None:
-                    self.constants[node.output[0]] = tensor
+                for kind, value in onnx_file.attributes(node).items():
+                    if kind == "sparse_value":
+                        raise _sparse(node.output[0])
+                    if kind == "value":
+                        self.constants[node.output[0]] = value
+                    elif kind in ("value_float", "value_floats"):
+                        self.constants[node.output[0]] = onnx.numpy_helper.from_array(np.array(value, dtype=np.float32))
         inputs = [info for info in proto.graph.input if info.name not in self.constants]
         self.declared: list[int | None] = (
             [axis.dim_value if axis.dim_value > 0 else None for axis in inputs[0].type.tensor_type.shape.dim]
@@ -145,7 +153,23 @@ class _Facts:
         )
         self.shapes = _shapes(proto, {info.name for info in inputs})
         self.shapes.update({name: tuple(tensor.dims) for name, tensor in self.constants.items()})
+        self.batch = self._fixed_batch(inputs, proto.graph.output)
         self.counted: set[str] = set()
+
+    def _fixed_batch(self, inputs: Sequence[ValueInfoProto], outputs: Sequence[ValueInfoProto]) -> int:
+        """b > 1 where the one input and the one output both begin with an axis of b and have more; else 1."""
+        if len(inputs) != 1 or len(outputs) != 1:
+            return 1
+        first, last = (self.shapes.get(info.name, ()) for info in (inputs[0], outputs[0]))
+        return first[0] if len(first) > 1 and len(last) > 1 and first[0] == last[0] else 1
+
+    def shape_of_one(self, name: str) -> list[int] | None:
+        """A tensor's shape with the batch at 1; None where it is not known."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            return None
+        batched = self.batch > 1 and shape[:1] == (self.batch,) and name not in self.constants
+        return [1, *shape[1:]] if batched else list(shape)
 
     def layer(self, node: NodeProto) -> Layer:
         macs, flops = self._cost(node)
@@ -158,7 +182,7 @@ class _Facts:
         return Layer(
             name=onnx_file.label(node),
             operator=node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}",
-            shape=_listed(self.shapes.get(node.output[0])),
+            shape=self.shape_of_one(node.output[0]),
             parameters=numbers[0],
             statistics=numbers[1],
             macs=macs,
@@ -178,7 +202,9 @@ class _Facts:
             macs, others = rule(self, node)
         except KeyError:  # a shape that could not be inferred
             return None, None
-        return macs, 2 * macs + others
+        if macs % self.batch or others % self.batch:
+            return None, None
+        return macs // self.batch, (2 * macs + others) // self.batch
 
     def elements(self, name: str) -> int:
         return math.prod(self.shapes[name])
@@ -212,12 +238,16 @@ def _singular_values(matrix: numpy.ndarray, name: str) -> numpy.ndarray:
         ) from error
 
 
-def _listed(shape: tuple[int, ...] | None) -> list[int] | None:
-    return None if shape is None else list(shape)
+def _sparse(name: str) -> InvalidInput:
+    return InvalidInput(
+        f"tensor {name!r} is stored sparse",
+        "only dense tensors are counted",
+        "store it as an ordinary initializer, zeros included",
+    )
 
 
 def _shapes(proto: ModelProto, inputs: set[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors for one example, as far as ONNX infers them; the model itself is left as it is."""
+    """Shapes of all tensors, as far as ONNX infers them, an open batch as 1; the model itself is left as it is."""
     single = onnx.ModelProto()
     single.CopyFrom(proto)
     for info in single.graph.input:

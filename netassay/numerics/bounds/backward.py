@@ -190,7 +190,7 @@ def box_margins(
         box = values[at]
         middle, half = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
         least = row.d + _contract(row.a, middle) - _contract(row.a.abs(), half)
-        return least - _contract(rows.abs(), rounding.backward(graph, values)[graph.output])
+        return _proved(least - _contract(rows.abs(), rounding.backward(graph, values)[graph.output]))
 
 
 def _blocks(total: int, block: int) -> Iterator[slice]:
@@ -200,6 +200,11 @@ def _blocks(total: int, block: int) -> Iterator[slice]:
 
 def _joined(parts: list[Interval]) -> Interval:
     return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
+
+
+def _proved(lower: Tensor) -> Tensor:
+    """Lower bounds of which those that overflowed, in whatever direction, say nothing."""
+    return torch.where(torch.isfinite(lower), lower, -torch.inf)
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -218,7 +223,7 @@ def _lower(
     block = _relaxed(graph, region, intermediates, evaluated)
     row = _walk(graph, rows.unflatten(2, graph.output_shape), graph.output, block)
     pad = _contract(rows.abs(), block.rounding[graph.output])
-    least = row.d + region.minimum(row.a.flatten(2)) - pad
+    least = _proved(row.d + region.minimum(row.a.flatten(2)) - pad)
     noise = NOISE * len(graph.operations) * pad.amax(1)
     return Lower(least, row.a.expand(len(region), *row.a.shape[1:]), block.values, noise, block.delicate)
 
@@ -296,7 +301,7 @@ def _tightened(graph: Graph, region: Ball, at: str, x: Interval, block: _Block, 
         one[torch.arange(len(which)), which] = 1
         start = torch.cat([one, -one])[None].unflatten(2, graph.shape_of(at))
         row = _walk(graph, start, at, exact)
-        below, above = (row.d + region.minimum(row.a.flatten(2))).chunk(2, dim=1)
+        below, above = _proved(row.d + region.minimum(row.a.flatten(2))).chunk(2, dim=1)
         # `below` bounds z from below, `above` bounds -z from below.
         below = torch.maximum(low[:, which], below - slack[:, which])
         above = torch.minimum(high[:, which], slack[:, which] - above)

@@ -12,6 +12,7 @@ bound propagation for training verifiably robust models. 2018. (Section 3, equat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,19 +29,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Interval:
-    """lower, upper: (batch, *shape). ellipsoid: None, or (centre, axes) of {centre + axes z : ||z||_2 <= 1}, which also
-    holds the value; it lives until the first linear map that mixes coordinates, and makes that one exact for l2 balls.
+    """lower, upper: (batch, *shape). ellipsoid: None, or (centre, axes, error), each (batch, *shape), of
+    {centre + axes z + e : ||z||_2 <= 1, |e| <= error}, which also holds the value; it lives until the first linear map
+    that mixes coordinates, and makes that one exact for l2 balls.
     """
 
     lower: Tensor
     upper: Tensor
-    ellipsoid: tuple[Tensor, Tensor] | None = None
+    ellipsoid: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def around(cls, region: Ball) -> Interval:
         ellipsoid = None
         if region.norm == "2":
-            ellipsoid = region.centre, region.spread().expand_as(region.centre)
+            spread = region.spread().expand_as(region.centre)
+            ellipsoid = region.centre, spread, torch.zeros_like(spread)
         return cls(*region.box(), ellipsoid)
 
     def magnitude(self) -> Tensor:
@@ -55,21 +58,37 @@ def _linear(operation: Operation, x: Interval, w: Weights, evaluated: torch.dtyp
     apply = MAPS[type(operation)].apply
     # 8 roundings beyond the sum itself: halving, subtracting and adding the ends; 4 g covers the second-order terms.
     g = 4 * rounding.gamma(w.terms + 8, x.lower.dtype) + rounding.local_gamma(w, evaluated)
-    bias = None if w.bias is None else g * w.bias.abs() + rounding.smallest(evaluated or x.lower.dtype)
+    underflow = 4 * w.terms * rounding.smallest(evaluated or x.lower.dtype)
+    bias = None if w.bias is None else g * w.bias.abs() + underflow
     centre, radius = (x.lower + x.upper) / 2, (x.upper - x.lower) / 2
     middle = apply(operation, w.weight, w.bias, centre)
     half = apply(operation, w.absolute, bias, radius + g * (radius + centre.abs()))
     image = Interval(middle - half, middle + half)
     if x.ellipsoid is None:
         return image
-    centre, axes = x.ellipsoid
+    centre, axes, error = x.ellipsoid
     middle = apply(operation, w.weight, w.bias, centre)
-    half = apply(operation, None if w.absolute is None else w.absolute.square(), None, axes.square()).sqrt() * (1 + g)
-    error = apply(operation, w.absolute, bias, g * centre.abs())
+    half = _reach(operation, w, axes) * (1 + g)
+    # What rounding adds to the centre's image is no part of the axes; it stays with the set as long as the set lives.
+    error = apply(operation, w.absolute, bias, error + g * (error + centre.abs()))
     # Scaling and reshaping keep the coordinates apart, so the set is still an ellipsoid with these axes.
-    kept = (middle, half) if w.terms == 1 else None
+    kept = (middle, half, error) if w.terms == 1 else None
     image = image.intersect(middle - half - error, middle + half + error)
     return Interval(image.lower, image.upper, kept)
+
+
+def _reach(operation: Operation, w: Weights, axes: Tensor) -> Tensor:
+    """max |W (axes z)| over ||z||_2 <= 1, the norm of each row of W diag(axes), not below it but for rounding."""
+    apply = MAPS[type(operation)].apply
+    if w.absolute is None or w.terms == 1:
+        return apply(operation, w.absolute, None, axes)
+    # In units of the largest factors no square overflows. Those that underflow lose at most 4 tiny in each term.
+    tiny = rounding.smallest(axes.dtype)
+    widest = axes.flatten(1).amax(1).clamp(min=tiny)
+    unit, heaviest = widest.reshape(-1, *[1] * (axes.dim() - 1)), w.absolute.amax().clamp(min=tiny)
+    squares = apply(operation, (w.absolute / heaviest).square(), None, (axes / unit).square())
+    lost = math.sqrt(4 * w.terms * tiny)
+    return (squares.sqrt() + lost) * heaviest * widest.reshape(-1, *[1] * (squares.dim() - 1))
 
 
 def _relu(operation: Operation, x: Interval, w: Weights, evaluated: torch.dtype | None) -> Interval:

@@ -67,10 +67,16 @@ class Ball:
         middle, half = (lower + upper) / 2, (upper - lower) / 2
         if self.norm == "inf":
             return _product(a, middle) - _product(a.abs(), half)
-        dual = _product(a, self.centre.flatten(1)) - self.radius[:, None] * torch.linalg.vector_norm(a, dim=-1)
+        dual = _product(a, self.centre.flatten(1)) - self.radius[:, None] * _norm(a)
         if math.isinf(self.low) and math.isinf(self.high):
             return dual
         return torch.maximum(dual, _product(a, middle) - _product(a.abs(), half))
+
+
+def _norm(a: Tensor) -> Tensor:
+    """||a||_2 of each row, in units of its largest entry: squares of entries below 1e-154 would be 0. (batch, rows)."""
+    largest = a.abs().amax(-1).clamp(min=torch.finfo(a.dtype).tiny)
+    return torch.linalg.vector_norm(a / largest[..., None], dim=-1) * largest
 
 
 def _product(a: Tensor, x: Tensor) -> Tensor:

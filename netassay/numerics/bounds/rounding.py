@@ -18,10 +18,15 @@ included, is at most |C| E(output) with
     E(input) = 2 g H,  E(W x + b) = |W| (E(x) + g H) + g |b|,  E(relu x) = E(x) + 2 g H,  then doubled,
 
 g for k roundings, more than any one number sees. Doubling covers products of errors, and rounding in E itself, as long
-as k u is below 1 %. Both cost one more product with |W| per operation and box, whatever the number of rows.
+as k u is below 1 %. A coefficient that underflows changes the bound by at most tiny sum H, however small the weights
+after it are, so these changes are added up apart. Both cost one more product with |W| per operation and box, whatever
+the number of rows.
 
-Not covered: overflow, and evaluators that do not compute sums of products (Winograd convolutions) or compute them in
-fewer bits (TF32, bfloat16).
+*Can an evaluation overflow?* Not where |W| H + |b| stays below the largest number of its dtype: `load`. Where it does
+not, an evaluation may end in infinity or NaN, and no bound above says anything about it.
+
+Not covered: evaluators that do not compute sums of products (Winograd convolutions), compute them in fewer bits (TF32,
+bfloat16), or take subnormal constants for zero.
 """
 
 from __future__ import annotations
@@ -38,14 +43,18 @@ if TYPE_CHECKING:
     from netassay.numerics.bounds.interval import Interval
 
 
+class TooManyTerms(ValueError):
+    """A sum so long that the error bound of its evaluation says nothing."""
+
+
 def gamma(terms: int, dtype: torch.dtype) -> float:
     """k u / (1 - k u): the relative error of a sum of `terms` products in `dtype`.
 
-    Raises ValueError where k u is not below 1 %: float32 and sums of more than 160,000 terms.
+    Raises TooManyTerms where k u is not below 1 %: float32 and sums of more than 160,000 terms.
     """
     unit = torch.finfo(dtype).eps / 2
     if terms * unit > 0.01:
-        raise ValueError(f"sums of {terms} terms cannot be bounded usefully in {dtype}; use float64")
+        raise TooManyTerms(f"sums of {terms} terms cannot be bounded usefully in {dtype}; use float64")
     return terms * unit / (1 - terms * unit)
 
 
@@ -80,8 +89,34 @@ def evaluation(
     return local, local + apply(operation, w.absolute, None, error) * (1 + _GUARD)
 
 
+def load(graph: Graph, values: dict[str, Interval], evaluated: torch.dtype) -> Tensor:
+    """(batch,): the largest |W| H + |b| of an operation, in units of the largest number of `evaluated`.
+
+    Below 1, no evaluation in this dtype overflows, nor does a partial sum of one. NaN or infinite where H is.
+    Exact to 2 % upward: partial sums are rounded too. values: of `interval.propagate`, for the same `evaluated`.
+    """
+    limit = torch.finfo(evaluated).max
+    of_graph = weights(graph, values[graph.input].lower.dtype)
+    worst = torch.zeros(len(values[graph.input].lower), dtype=values[graph.input].lower.dtype)
+    for operation in chain(graph):
+        w, x = of_graph[operation.target], values[operation.source].magnitude()
+        if w.absolute is None or w.bias is None or w.constant is None:
+            continue
+        # Of every operation the cheap bound terms max |W| max H + max |b|; the sums themselves only where that fails.
+        sums = w.terms * w.absolute.amax() * x.flatten(1).amax(1) + w.constant.abs().amax()
+        if not bool((_SUMMED * sums < limit).all()):
+            exact = MAPS[type(operation)].apply(operation, w.absolute, w.bias.abs(), x).flatten(1).amax(1)
+            sums = torch.where(_SUMMED * sums < limit, sums, exact)
+        worst = torch.maximum(worst, _SUMMED * sums / limit)
+    return worst
+
+
+#: 1 + the largest g that `gamma` allows, twice: a partial sum in floating point is at most so much above the exact one.
+_SUMMED = 1.02
+
+
 def backward(graph: Graph, values: dict[str, Interval]) -> dict[str, Tensor]:
-    """E of each value, (batch, *shape), for a pass in the dtype of `values`.
+    """E of each value, (batch, *shape), for a pass in the dtype of `values`; for rows C whose largest |entry| is >= 1.
 
     values: valid boxes of all values, e.g. by `interval.propagate`.
     """
@@ -91,6 +126,7 @@ def backward(graph: Graph, values: dict[str, Interval]) -> dict[str, Tensor]:
     # 8 roundings an operation beyond its sums: slopes, intercepts, accumulation of the constant term.
     g = gamma(max((w.terms for w in of_graph.values()), default=1) + 8 * len(operations) + 16, dtype)
     found = {graph.input: 2 * g * values[graph.input].magnitude()}
+    lost = {graph.input: torch.zeros(len(values[graph.input].lower), dtype=dtype)}
     for operation in operations:
         source, w = values[operation.source].magnitude(), of_graph[operation.target]
         if isinstance(operation, Relu):
@@ -99,4 +135,6 @@ def backward(graph: Graph, values: dict[str, Interval]) -> dict[str, Tensor]:
             bias = None if w.bias is None else g * w.bias.abs()
             error = MAPS[type(operation)].apply(operation, w.absolute, bias, found[operation.source] + g * source)
         found[operation.target] = error + 4 * w.terms * smallest(dtype)
-    return {value: 2 * error for value, error in found.items()}
+        # Each coefficient of the source may have lost this much, and meets |x| <= H.
+        lost[operation.target] = lost[operation.source] + 4 * w.terms * smallest(dtype) * source.flatten(1).sum(1)
+    return {value: 2 * (error + lost[value].reshape(-1, *[1] * (error.dim() - 1))) for value, error in found.items()}
