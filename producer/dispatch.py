@@ -271,7 +271,6 @@ class Dispatcher:
         faults.reach("dispatch.sent")
         return bool(messages)
 
-
     @staticmethod
     def _full(there: dispatching.Waiting, slots: int) -> bool:
         """Whether Redis holds enough: a chunk a slot, or two where they are short."""

@@ -164,7 +164,7 @@ def test_never_more_than_two_chunks_a_slot_are_published(lab: Lab, slots: int) -
 def test_two_dispatchers_at_once_do_not_exceed_the_bound(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     sign_on(lab.database, slots=2)
     lab.settle()
-    submit(lab.database, "a", jobs(range(100), seconds=2.0))
+    submit(lab.database, "a", jobs(range(100), seconds=1.1))
     rival = Dispatcher(Database(str(lab.database.url)), lab.broker, clock=lambda: lab.now)
     read = dispatching.open_batches
 
@@ -180,8 +180,17 @@ def test_two_dispatchers_at_once_do_not_exceed_the_bound(lab: Lab, monkeypatch: 
     assert rows(lab.database, "SELECT count(*) FROM chunk WHERE state = 'published'") == [(CHUNKS_A_SLOT * 2,)]
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_long_chunks_wait_in_redis_one_a_slot(lab: Lab, slots: int) -> None:
+    """What waits there is what a newcomer has to wait for."""
+    sign_on(lab.database, slots=slots)
+    submit(lab.database, "a", jobs(range(100), seconds=60.0))
+    lab.settle()
+    assert len(lab.broker.sent) == slots
+
+
 def test_with_no_worker_yet_little_is_published(lab: Lab) -> None:
-    submit(lab.database, "a", jobs(range(100), seconds=2.0))
+    submit(lab.database, "a", jobs(range(100), seconds=1.5))
     lab.settle()
     assert len(lab.broker.sent) == CHUNKS_A_SLOT
 
@@ -208,7 +217,7 @@ def test_the_first_job_of_each_segment_goes_alone_and_first(lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "group_size", "expected"),
-    [(0.01, 1, 200), (0.01, 64, 192), (0.5, 1, 4), (0.5, 64, 4), (3.0, 1, 1), (1e-9, 1, dispatching.CHUNK_JOBS)],
+    [(0.01, 1, 200), (0.01, 64, 192), (0.5, 1, 4), (0.5, 64, 4), (1.9, 1, 1), (1e-9, 1, dispatching.CHUNK_JOBS)],
 )
 def test_a_chunk_takes_two_seconds_and_holds_whole_groups(
     lab: Lab, seconds: float, group_size: int, expected: int
@@ -425,7 +434,7 @@ def test_a_lost_message_that_was_overtaken_is_published_again(lab: Lab) -> None:
 
 def test_the_last_message_if_lost_is_published_again_once_the_list_is_empty(lab: Lab) -> None:
     worker = sign_on(lab.database)
-    submit(lab.database, "a", jobs(range(2), seconds=2.0))
+    submit(lab.database, "a", jobs(range(2), seconds=1.5))
     lab.settle()
     lost = lab.broker.messages.pop()
     kept = lab.broker.messages.popleft()
@@ -440,7 +449,7 @@ def test_the_last_message_if_lost_is_published_again_once_the_list_is_empty(lab:
 
 
 def test_unclaimed_messages_are_not_published_again_while_there_is_no_worker(lab: Lab) -> None:
-    submit(lab.database, "a", jobs(range(5), seconds=2.0))
+    submit(lab.database, "a", jobs(range(5), seconds=1.5))
     lab.settle()
     lab.broker.messages.clear()
     lab.wait(60.0)
@@ -673,7 +682,7 @@ def test_time_is_counted_once_while_redis_is_down(lab: Lab) -> None:
 
 def test_only_the_reconciler_brings_back_what_was_lost(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "guarded", lambda guard: guard != "reconciler")
-    submit(lab.database, "a", jobs(range(2), seconds=2.0))
+    submit(lab.database, "a", jobs(range(2), seconds=1.5))
     dead, other = sign_on(lab.database, "dead"), sign_on(lab.database, "other")
     lab.settle()
     assert lab.pop(dead) is not None
