@@ -3,12 +3,13 @@
 *How far is an evaluation of the network from the exact one?* `evaluation`: one operation y = W x + b in unit roundoff u
 errs by at most
 
-    local = g (|W| (H + e(x)) + |b|),   g = k u / (1 - k u),  k = n + 2,   and   e(y) = |W| e(x) + local,
+    local = g (|W| (H + e(x)) + |b|),   g = k u / (1 - k u),  k = n + 6,   and   e(y) = |W| e(x) + local,
 
 n the number of products in a sum, H >= |x| over the region, e(x) the error that x already has; ReLU passes e on. It
-holds for any order of summation, fused or not, and for constants rounded to u first (Higham, Accuracy and stability of
-numerical algorithms, 2002, section 3.1). An evaluated network is thus the exact one with every value moved by at most
-its `local`.
+holds for any order of summation, fused or not, and for constants rounded to u first (n + 2; Higham, Accuracy and
+stability of numerical algorithms, 2002, section 3.1); four more roundings a product are for runtimes that multiply the
+scale of a following normalisation into the weights. An evaluated network is thus the exact one with every value moved
+by at most its `local`.
 
 *What can rounding in a backward (CROWN) pass add to a bound?* `backward`: a pass multiplies coefficients A by W with an
 error of at most g |A| |W|, which changes the bound by at most g |A| |W| H. Slopes lie in [0, 1], so
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from netassay.numerics.bounds.interval import Interval
 
 
+#: Roundings of a product beyond its sum's: two of its own, four where a runtime fuses a normalisation into the weights.
+ROUNDINGS = 6
+
+
 class TooManyTerms(ValueError):
     """A sum so long that the error bound of its evaluation says nothing."""
 
@@ -65,7 +70,7 @@ def smallest(dtype: torch.dtype) -> float:
 
 def local_gamma(w: Weights, evaluated: torch.dtype | None) -> float:
     """g of one operation evaluated in this dtype; 0 for exact arithmetic and where nothing is computed."""
-    return 0.0 if evaluated is None or w.weight is None else gamma(w.terms + 2, evaluated) * (1 + _GUARD)
+    return 0.0 if evaluated is None or w.weight is None else gamma(w.terms + ROUNDINGS, evaluated) * (1 + _GUARD)
 
 
 #: The bounds on errors are computed in rounded arithmetic themselves; far above what that can lose.
