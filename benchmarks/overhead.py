@@ -86,10 +86,11 @@ def main() -> None:
             context = multiprocessing.get_context("spawn")
             outbox: multiprocessing.Queue = context.Queue()
             inboxes = [context.Queue() for _ in range(cores)]
-            helpers = [context.Process(target=serve, args=(folder, given, inbox, outbox)) for inbox in inboxes]
+            helpers = [
+                context.Process(target=serve, args=(folder, given, inbox, outbox), daemon=True) for inbox in inboxes
+            ]
             for helper in helpers:
                 helper.start()
-            size = catalogue.get(METHOD).needs(None).group  # type: ignore[arg-type]
             ratios = []
             for repeat in range(wanted.repeats + 1):
                 document = sweep(f"run-{repeat}", radii, wanted.images if repeat else 100, seed=repeat + 1)
@@ -99,6 +100,8 @@ def main() -> None:
                     for record in reading.records(database, document["name"])
                     if record.method == METHOD
                 ]
+                method = catalogue.get(METHOD)
+                size = method.needs(method.Params.model_validate_json(texts[0][1])).group
                 groups = [
                     [text for name, text in texts if name == network][start : start + size]
                     for network in given
