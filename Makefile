@@ -1,6 +1,7 @@
 # make demo    the main job on real input, some minutes after the installation
 # make test    the tests (those of services that are absent skip, and fail when CI=true)
 # make check   ruff and mypy
+# make schemas  publish the JSON schemas of what the verbs print with --json
 # make evidence  the long measurements that the tests leave out
 #
 # On Linux plain `pip install torch` brings gigabytes of CUDA. For the CPU build give the address of an index that has
@@ -11,7 +12,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.netassay-installed
 
-.PHONY: demo test check evidence install clean
+.PHONY: demo test check schemas evidence install clean
 
 install: $(INSTALLED)
 
@@ -20,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "on Linux some 3 GB with CUDA (for the CPU build: make $(MAKECMDGOALS) TORCH_INDEX=<index of CPU builds>)."
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compute,embedded,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compute,embedded,s3,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -36,6 +37,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+schemas: $(INSTALLED)
+	$(BIN)/python -m producer.cli.output docs/schemas
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
