@@ -1,7 +1,7 @@
 """Named types for the fields of `Params` and `Result`, with their bounds and units.
 
-A reference (network, array) is a short string, `kind:digest`, in everything that is stored and in every key. What the
-user wrote (a file name, a recipe) is turned into one when a sweep is read, by the resolver given as pydantic's
+A reference (network, dataset, array) is a short string, `kind:digest`, in everything that is stored and in every key.
+What the user wrote (a file name, a recipe) is turned into one when a sweep is read, by the resolver given as pydantic's
 validation context: `Params.model_validate(row, context={"resolve": resolver})`. Without a resolver only finished
 references are accepted.
 """
@@ -24,30 +24,44 @@ Radius = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="radius
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="seconds")]
 Bytes = Annotated[int, Field(ge=0, description="bytes")]
 
-REFERENCE = re.compile(r"^(onnx|recipe|array|file):[0-9a-f]{64}$")
+KINDS = ("onnx", "recipe", "array", "file", "vnnlib", "data", "generator")
+REFERENCE = re.compile(rf"^({'|'.join(KINDS)}):[0-9a-f]{{64}}$")
 
 
 class ReferenceTo:
     """Marks a field as a reference of one of these kinds; `analysable`: the network must load as a `Graph`.
 
+    shared: all jobs of one `run_many` call have the same reference here.
+
     A resolver is called as `resolve(value, self)` and returns the finished reference, or raises ValueError saying what
     is wrong with the value and what to try.
     """
 
-    def __init__(self, *kinds: str, analysable: bool = False) -> None:
-        self.kinds, self.analysable = kinds, analysable
+    def __init__(self, *kinds: str, analysable: bool = False, shared: bool = True) -> None:
+        self.kinds, self.analysable, self.shared = kinds, analysable, shared
 
 
-def _reference(*kinds: str, analysable: bool = False, description: str) -> Any:
-    wanted = ReferenceTo(*kinds, analysable=analysable)
+DATASET = ReferenceTo("data", "generator")
+"""The mark of `DatasetRef`, for those that resolve one before its field is reached."""
+
+
+def _reference(*kinds: str, analysable: bool = False, shared: bool = True, description: str) -> Any:
+    return _field(ReferenceTo(*kinds, analysable=analysable, shared=shared), description)
+
+
+def _field(wanted: ReferenceTo, description: str, plain: str = "") -> Any:
+    """The type of a field so marked. plain: pattern of values that are no references and stand for themselves."""
 
     def check(value: Any, info: ValidationInfo) -> str:
         resolve = (info.context or {}).get("resolve")
         if resolve is not None:
             return resolve(value, wanted)
-        if isinstance(value, str) and REFERENCE.match(value) and value.partition(":")[0] in kinds:
+        if isinstance(value, str) and REFERENCE.match(value) and value.partition(":")[0] in wanted.kinds:
             return value
-        raise ValueError(f"not a reference ({' or '.join(f'{kind}:<sha-256>' for kind in kinds)})")
+        if plain and isinstance(value, str) and re.fullmatch(plain, value):
+            return value
+        named = "neither a plain name nor" if plain else "not"
+        raise ValueError(f"{named} a reference ({' or '.join(f'{kind}:<sha-256>' for kind in wanted.kinds)})")
 
     return Annotated[str, wanted, BeforeValidator(check), Field(description=description)]
 
@@ -56,6 +70,8 @@ if TYPE_CHECKING:
     NetworkRef = str
     AnyNetworkRef = str
     RecipeRef = str
+    PropertyRef = str
+    DatasetRef = str
 else:
     NetworkRef = _reference(
         "onnx",
@@ -69,9 +85,20 @@ else:
 
     RecipeRef = _reference("recipe", description="a recipe: how to build and train a network")
 
-DatasetName = Annotated[
-    str, Field(pattern=r"^[a-z0-9_]+$", description="a dataset bundled with scikit-learn, e.g. digits")
-]
+    PropertyRef = _reference(
+        "vnnlib",
+        shared=False,
+        description="a property: path of a .vnnlib file (also .vnnlib.gz), or {vnnlib: its text}",
+    )
+    """`vnnlib:<sha-256 of the text, unpacked>`; read by `netassay.vnnlib.load`. One network is asked for many."""
+
+    DatasetRef = _field(
+        DATASET,
+        plain="[a-z0-9_]+",
+        description="a dataset: one bundled with scikit-learn, e.g. digits; a generator, e.g. {generator: two_moons}; "
+        "the path of an .npz, .csv or .parquet file, or {file: path, ...}; or a name from the sweep's `datasets`",
+    )
+    """A bundled name as it is, `generator:<sha-256 of its canonical JSON>` or `data:<sha-256 of the artifact>`."""
 
 
 def _to_array(value: Any) -> Any:

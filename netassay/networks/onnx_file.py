@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from netassay import files
 from netassay.heavy import np, onnx
 from netassay.method import InvalidInput
 from netassay.networks.graph import Conv, Dense, Graph, Operation, Relu, Reshape, Scale
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 OLDEST_OPSET = 8
 #: What `write` emits: the first set in which axes of Squeeze and Unsqueeze are inputs; read by all current runtimes.
 WRITTEN_OPSET, WRITTEN_IR = 13, 8
+
+#: Bytes of a file, unpacked: more than protobuf reads, so that a small archive cannot fill the memory.
+LARGEST = 2**31
 
 #: Magic numbers of what torch.save writes: a zip archive (since PyTorch 1.6), or a bare pickle of protocol 2 to 5.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -93,11 +97,14 @@ def supported() -> list[str]:
 
 
 def from_file(path: Path) -> bytes:
-    """The bytes of a file, with tensors it keeps in neighbouring files folded in.
+    """The bytes of a file, unpacked from gzip, with tensors it keeps in neighbouring files folded in.
 
     A file without external tensors comes back byte for byte. Raises NetworkFileError as `check` does, OSError.
     """
-    data = Path(path).read_bytes()
+    try:
+        data = files.read(Path(path), LARGEST)
+    except files.Unreadable as error:
+        raise NetworkFileError("the network cannot be read", str(error)) from None
     model = _parse(data)
     if not any(onnx.external_data_helper.uses_external_data(tensor) for tensor in _tensors(model)):
         return data

@@ -8,22 +8,22 @@
 What is left out takes the default of its field; batch size, learning rate and weight decay take the default of the kind
 of training, and epochs as many as make up its number of steps on that dataset. A recipe is complete once parsed: its
 canonical JSON holds every value, and the digest of that text, `recipe:<sha-256>`, names it. So a default written out
-and a default left out are the same recipe.
+and a default left out are the same recipe. A generator or a file as its dataset stands in that text as a reference.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from netassay import data
-from netassay.fields import Count, DatasetName, Positive, Probability, Real, Seed
+from netassay.fields import DATASET, Count, DatasetRef, Positive, Probability, Real, Seed
 from netassay.job import canonical
-from netassay.method import Contract
+from netassay.method import Contract, InvalidInput
 from netassay.store import artifacts
 
 
@@ -95,7 +95,7 @@ class Recipe(Contract):
     0 along half a cosine. weight_decay: of the weights, decoupled from the gradient (AdamW), per unit of learning rate.
     """
 
-    dataset: DatasetName = "digits"
+    dataset: DatasetRef = "digits"
     seed: Seed = 0
     architecture: Annotated[Mlp | Cnn, Field(discriminator="kind")] = Mlp()
     training: Annotated[Standard | Ibp | Spectral, Field(discriminator="kind")] = Standard()
@@ -106,46 +106,67 @@ class Recipe(Contract):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults(cls, values: Any) -> Any:
+    def _defaults(cls, values: Any, info: ValidationInfo) -> Any:
         if not isinstance(values, Mapping):
             return values
         training = values.get("training")
         kind = training.get("kind") if isinstance(training, Mapping) else getattr(training, "kind", "standard")
         complete = {**_BY_TRAINING.get(str(kind), _BY_TRAINING["standard"]), **values}
         if "epochs" not in complete:
-            dataset, batch = complete.get("dataset", "digits"), complete["batch"]
+            examples, batch = _examples(complete.get("dataset", "digits"), info), complete["batch"]
             # What is wrong with these two is told by their own fields; any number of epochs does until then.
-            usable = dataset in data.names() and isinstance(batch, int) and batch > 0
-            steps_an_epoch = math.ceil(data.size(dataset, "train") / batch) if usable else 1
+            usable = examples and isinstance(batch, int) and batch > 0
+            steps_an_epoch = math.ceil(examples / batch) if usable else 1
             complete["epochs"] = math.ceil(_STEPS.get(str(kind), 1) / steps_an_epoch)
         return complete
 
     @field_validator("dataset")
     @classmethod
     def _exists(cls, name: str) -> str:
-        if name not in data.names():
+        if name not in data.names() and not data.is_reference(name):
             raise ValueError(f"there is no dataset {name!r}; try one of {', '.join(data.names())}")
         return name
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        if isinstance(self.architecture, Cnn) and len(data.shape(self.dataset)) != 3:
+        # A recipe that is read where its dataset is not kept was checked when it was submitted.
+        if isinstance(self.architecture, Cnn) and data.is_known(self.dataset) and len(data.shape(self.dataset)) != 3:
             raise ValueError(
-                f"a cnn reads images, but {self.dataset} has shape {data.shape(self.dataset)}; try kind: mlp"
+                f"a cnn reads images, but {data.called(self.dataset)} has shape {data.shape(self.dataset)}; try kind: "
+                "mlp, or give a file's shape, e.g. [1, 28, 28]"
             )
         return self
 
     @classmethod
-    def parse(cls, mapping: Mapping[str, Any]) -> Recipe:
-        """The complete recipe of a mapping. Raises ValueError with one line for each field that is wrong."""
+    def parse(cls, mapping: Mapping[str, Any], resolve: Callable[[Any, Any], str] | None = None) -> Recipe:
+        """The complete recipe of a mapping. Raises ValueError with one line for each field that is wrong.
+
+        resolve: turns what users write for a dataset into a finished reference (see `netassay.fields`); None: only
+        bundled names and finished references are taken.
+        """
         try:
-            return cls.model_validate(mapping)
+            return cls.model_validate(mapping, context={"resolve": resolve} if resolve is not None else None)
         except ValidationError as error:
             raise ValueError("; ".join(map(_told, error.errors(include_url=False)))) from None
 
     def text(self) -> str:
         """Canonical JSON: what the digest is taken of."""
         return canonical(self)
+
+
+def _examples(dataset: Any, info: ValidationInfo) -> int:
+    """Training examples of what stands for a dataset; 0 where it is wrong, which its own field tells.
+
+    Raises ValueError where only the artifact would tell, and it is not kept here.
+    """
+    resolve = (info.context or {}).get("resolve")
+    try:
+        name = resolve(dataset, DATASET) if resolve is not None else dataset
+        return data.size(name, "train") if isinstance(name, str) else 0
+    except artifacts.MissingArtifact as error:
+        raise ValueError(f"epochs are not given, and of the dataset {error}") from None
+    except (InvalidInput, ValueError):
+        return 0
 
 
 def _told(problem: Any) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from netassay import data
 from netassay.heavy import np, torch
-from netassay.method import NumericalError
+from netassay.method import InvalidInput, NumericalError
 from netassay.networks import evaluate
 from netassay.networks.graph import Conv, Dense, Graph, Operation, Relu, Reshape
 from netassay.networks.recipes import Cnn, Ibp, Recipe, Spectral
@@ -66,7 +66,7 @@ def steps(recipe: Recipe) -> int:
 def train(recipe: Recipe) -> Trained:
     """The trained network of a recipe and its curves.
 
-    Raises NumericalError where the loss stops being finite.
+    Raises NumericalError where the loss stops being finite, InvalidInput where a cnn is given no images.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     graph = initial(recipe, generator)
@@ -115,6 +115,12 @@ def train(recipe: Recipe) -> Trained:
 def initial(recipe: Recipe, generator: torch.Generator) -> Graph:
     """The network of a recipe before training, with weights drawn from the generator (float32 values in float64)."""
     shape = data.shape(recipe.dataset)
+    if isinstance(recipe.architecture, Cnn) and len(shape) != 3:
+        raise InvalidInput(
+            f"a cnn reads images, but {data.called(recipe.dataset)} has shape {shape}",
+            "an image has channels, height and width",
+            "kind: mlp, or a file's shape, e.g. [1, 28, 28]",
+        )
     build = _Builder(shape, generator)
     architecture = recipe.architecture
     if isinstance(architecture, Cnn):

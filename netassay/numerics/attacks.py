@@ -1,10 +1,11 @@
 """Projected gradient descent in search of a counterexample, the same for an input whoever else is in the batch.
 
-The attack minimises the margin f_y - max_j!=y f_j over a ball by steps along the sign of its gradient (norm inf) or the
-gradient itself (norm 2), each followed by a projection. A gradient method is chaotic: one rounding turned the other way
-changes a sign, and so the path. Sums of a batched product are rounded in an order that depends on the batch, so the
-search walks on a surrogate of the network whose sums are *exact*: weights, and the values of each layer input by input,
-are rounded to `bits` binary digits below their largest, with
+The attack minimises a margin over a ball or box by steps along the sign of its gradient (norm inf) or the gradient
+itself (norm 2), each followed by a projection: f_y - max_j!=y f_j of an image's class y (`pgd`), or the violation
+max_k c_k.f - b_k of a conjunction of constraints c_k.f <= b_k (`meet`). A gradient method is chaotic: one rounding
+turned the other way changes a sign, and so the path. Sums of a batched product are rounded in an order that depends on
+the batch, so the search walks on a surrogate of the network whose sums are *exact*: weights, and the values of each
+layer input by input, are rounded to `bits` binary digits below their largest, with
 
     2 bits + log2(terms of a sum) <= 53,
 
@@ -23,12 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from netassay.heavy import torch
 from netassay.networks.graph import Graph, Operation, Relu
 from netassay.numerics.bounds.linear import MAPS, chain, weights
-from netassay.numerics.bounds.regions import Ball
+from netassay.numerics.bounds.regions import Ball, Box, Region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +41,15 @@ _EXACT = 53
 _DOUBT = 2.0**-14
 #: Rows (inputs x starts) evaluated together, so that a large group keeps its layers in cache.
 _ROWS = 2048
+#: Numbers in the samples of one box that are drawn at once: 32 MiB.
+_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Attack:
     """points: (batch, *input), float64 values that float32 holds exactly, each inside its ball as far as `inside` says.
 
-    margins: (batch,), f_y - max_j!=y f_j of the surrogate at the points: below 0 suggests a counterexample.
+    margins: (batch,), of the surrogate at the points: below 0 suggests a counterexample.
     inside: (batch,), bool; False where float32 has no point of the ball to offer near the one found.
     """
 
@@ -88,13 +91,103 @@ def pgd(
             if starts is not None:
                 points.append(starts[which])
             box, x = (lower[which], upper[which]), torch.cat(points, dim=1)
-            parts.append(_descend(surrogate, region[which], box, labels[which], x, steps))
+            parts.append(_descend(surrogate, region[which], box, _ClassMargin(labels[which]), x, steps))
         found, margins = (torch.cat(column) for column in zip(*parts, strict=True))
         rounded = torch.minimum(torch.maximum(found.float().double(), lower), upper)
         return Attack(rounded, margins, contains(region, rounded))
 
 
-def contains(region: Ball, points: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Conjunctions:
+    """For each item a conjunction of constraints  sum_t weight_t f[output_t] <= bound  on the flattened outputs f.
+
+    output, weight: (batch, constraints, terms), int64 and float64; terms that are not needed have weight 0.
+    bound: (batch, constraints); infinite: no constraint. The margin is the largest violation, at most 0 where all hold.
+    """
+
+    output: Tensor
+    weight: Tensor
+    bound: Tensor
+
+    def __getitem__(self, which: slice | Tensor) -> Conjunctions:
+        return Conjunctions(self.output[which], self.weight[which], self.bound[which])
+
+    def margin(self, outputs: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        output, weight = self.output[items], self.weight[items]
+        values = -self.bound[items]
+        # Term by term, not as a product: in one order, whatever the batch.
+        for term in range(output.shape[2]):
+            values = values + weight[:, :, term] * outputs.gather(1, output[:, :, term])
+        largest = values.amax(1)
+        numbers = torch.arange(values.shape[1])
+        # The first of equals, for the gradient must not depend on how a maximum is found.
+        worst = torch.where(values == largest[:, None], numbers, len(numbers) - 1).amin(1)
+        rows = torch.arange(len(outputs))
+        gradient = torch.zeros_like(outputs).scatter_add_(1, output[rows, worst], weight[rows, worst])
+        return largest, gradient
+
+
+def meet(
+    graph: Graph,
+    region: Box,
+    wanted: Conjunctions,
+    *,
+    samples: int,
+    steps: int,
+    restarts: int,
+    seeds: Sequence[int],
+    starts: Tensor | None = None,
+) -> Attack:
+    """The point of each box (float64) that comes nearest to meeting its conjunction, of those met on the way.
+
+    samples: points drawn from the item's own seed, half of them within the box and half among its corners; with the
+    middle of the box they are evaluated once, and the descent of `steps` steps begins at the best `restarts` of them
+    and at `starts`, (batch, more, *input). An item stops at its first start with a margin clearly below 0.
+    Ends of the boxes are rounded inward to float32. The result is the same whatever is asked together.
+    """
+    with torch.no_grad():
+        surrogate = _Surrogate.of(graph)
+        lower, upper = _representable(region)
+        portion = max(1, min(samples, _ROWS, _NUMBERS // region.lower[0].numel()))
+        rows = max(portion, restarts + (0 if starts is None else starts.shape[1]))
+        size = max(1, min(_ROWS // rows, 8 * _NUMBERS // (rows * region.lower[0].numel())))
+        parts = []
+        for first in range(0, len(region), size):
+            which = slice(first, first + size)
+            box = lower[which], upper[which]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[which]]
+            points = (box[0] / 2 + box[1] / 2)[:, None]
+            for done in range(0, samples, portion):
+                count = min(portion, samples - done)
+                drawn = [_drawn(*one, count) for one in zip(*box, generators, strict=True)]
+                points = _best(surrogate, wanted[which], torch.cat([points, torch.stack(drawn)], dim=1), restarts)
+            if starts is not None:
+                points = torch.cat([points, starts[which]], dim=1)
+            parts.append(_descend(surrogate, region[which], box, wanted[which], points, steps))
+        found, margins = (torch.cat(column) for column in zip(*parts, strict=True))
+        rounded = torch.minimum(torch.maximum(found.float().double(), lower), upper)
+        return Attack(rounded, margins, contains(region, rounded))
+
+
+def _drawn(lower: Tensor, upper: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    """Points of one box: (count, *input), uniform within it and among its corners by turns."""
+    share = torch.rand((count, *lower.shape), generator=generator, dtype=torch.float64)
+    share[1::2] = share[1::2].round()
+    return lower + share * (upper - lower)
+
+
+def _best(surrogate: _Surrogate, wanted: Conjunctions, points: Tensor, count: int) -> Tensor:
+    """The `count` points of least margin of each item. points: (batch, many, *input)."""
+    batch, many = points.shape[:2]
+    if many <= count:
+        return points
+    outputs = surrogate.values(points.flatten(0, 1))[surrogate.graph.output].flatten(1)
+    margins, _ = wanted.margin(outputs, torch.arange(batch).repeat_interleave(many))
+    order = margins.reshape(batch, many).argsort(dim=1, stable=True)[:, :count]
+    return points[torch.arange(batch)[:, None], order]
+
+
+def contains(region: Region, points: Tensor) -> Tensor:
     """Whether each point lies in its ball, in exact arithmetic; and is a float32: (batch,), bool.
 
     points: (batch, *input), float64. Where rounding leaves it open, the answer is no.
@@ -102,18 +195,20 @@ def contains(region: Ball, points: Tensor) -> Tensor:
     lower, upper = _representable(region)
     flat = (points >= lower) & (points <= upper) & (points == points.float().double())
     inside = flat.flatten(1).all(1)
-    if region.norm == "2":
+    if isinstance(region, Ball) and region.norm == "2":
         # A sum of n squares of differences errs by less than (n + 4) u relative, its root by half of that.
         length = torch.linalg.vector_norm((points - region.centre).flatten(1), dim=1)
         inside &= length * (1 + (points[0].numel() + 4) * 2.0**-52) <= region.radius
     return inside
 
 
-def _representable(region: Ball) -> tuple[Tensor, Tensor]:
+def _representable(region: Region) -> tuple[Tensor, Tensor]:
     """The float32 numbers of the smallest box around each ball, rounded inward: lower, upper, float64.
 
     lower > upper where a coordinate's range holds no float32.
     """
+    if isinstance(region, Box):
+        return _inward(region.lower, 1), _inward(region.upper, -1)
     infinity = torch.tensor(torch.inf, dtype=torch.float64)
     spread = region.spread()
     low, high = region.centre - spread, region.centre + spread
@@ -144,8 +239,32 @@ def _random(region: Ball, item: int, count: int, seed: int) -> Tensor:
     return region.centre[item] + region.radius[item] * step
 
 
+class Objective(Protocol):
+    """margin(outputs (rows, outputs), items (rows,)): the margin of each row's item, (rows,), and its gradient in the
+    outputs, (rows, outputs).
+    """
+
+    def margin(self, outputs: Tensor, items: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _ClassMargin:
+    """f_y - max_j!=y f_j. labels: (batch,)."""
+
+    labels: Tensor
+
+    def margin(self, outputs: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        labels = self.labels[items]
+        right = outputs.gather(1, labels[:, None])
+        others = outputs.scatter(1, labels[:, None], -torch.inf)
+        best, rival = others.max(1, keepdim=True)
+        ones = torch.ones_like(right)
+        gradient = torch.zeros_like(outputs).scatter_(1, labels[:, None], ones).scatter_(1, rival, -ones)
+        return (right - best)[:, 0], gradient
+
+
 def _descend(
-    surrogate: _Surrogate, region: Ball, box: tuple[Tensor, Tensor], labels: Tensor, x: Tensor, steps: int
+    surrogate: _Surrogate, region: Region, box: tuple[Tensor, Tensor], objective: Objective, x: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """x: (batch, starts, *input). Returns the best points (batch, *input) and their margins (batch,)."""
     batch, starts = x.shape[:2]
@@ -154,7 +273,7 @@ def _descend(
     items = torch.arange(batch)
     x = project(x, items)
     for step in range(steps + 1):
-        margin, size, gradient = surrogate.margin(x.flatten(0, 1), labels[items].repeat_interleave(starts))
+        margin, size, gradient = surrogate.margin(x.flatten(0, 1), objective, items.repeat_interleave(starts))
         margin, size, gradient = margin.reshape(-1, starts), size.reshape(-1, starts), gradient.reshape(x.shape)
         lowest, which = margin.min(1)
         better = lowest < least[items]
@@ -165,7 +284,7 @@ def _descend(
         if step == steps or not bool(running.any()):
             break
         items, x, gradient = items[running], x[running], gradient[running]
-        length = _column(region.radius[items] * (1 - step / steps), x)
+        length = region.spread()[items][:, None] * (1 - step / steps)
         x = project(x - length * _direction(gradient, region.norm), items)
     return best, least
 
@@ -178,14 +297,14 @@ def _direction(gradient: Tensor, norm: str) -> Tensor:
     return (flat * _column(1 / _norm(flat), flat)).reshape(gradient.shape)
 
 
-def _projection(region: Ball, box: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _projection(region: Region, box: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """x (batch, starts, *input) of these items, moved into their balls. Clamping to the box moves a point no further
     from a centre inside it, so one pass is enough for norm 2.
     """
     lower, upper = (side[:, None] for side in box)
 
     def project(x: Tensor, items: Tensor) -> Tensor:
-        if region.norm == "2":
+        if isinstance(region, Ball) and region.norm == "2":
             centre = region.centre[items][:, None]
             away = (x - centre).flatten(0, 1)
             # Room for the last rounding to float32, of at most half a unit in the last place a coordinate (values of
@@ -239,26 +358,26 @@ class _Surrogate:
             biases[target] = w.constant
         return cls(graph, exact, biases, bits)
 
-    def margin(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Margin (rows,), largest |output| (rows,) and gradient of the margin (rows, *input), at x: (rows, *input)."""
+    def values(self, x: Tensor) -> dict[str, Tensor]:
+        """All values at x: (rows, *input)."""
         values = {self.graph.input: x}
-        operations = chain(self.graph)
-        for operation in operations:
+        for operation in chain(self.graph):
             values[operation.target] = FORWARD[type(operation)](self, operation, values[operation.source])
+        return values
+
+    def margin(self, x: Tensor, objective: Objective, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Margin (rows,), largest |output| (rows,) and gradient of the margin (rows, *input), at x: (rows, *input)."""
+        values = self.values(x)
         outputs = values[self.graph.output].flatten(1)
-        right = outputs.gather(1, labels[:, None])
-        others = outputs.scatter(1, labels[:, None], -torch.inf)
-        best, rival = others.max(1, keepdim=True)
-        ones = torch.ones_like(right)
-        gradient = torch.zeros_like(outputs).scatter_(1, labels[:, None], ones).scatter_(1, rival, -ones)
+        margin, gradient = objective.margin(outputs, items)
         reached = {self.graph.output: gradient.reshape(values[self.graph.output].shape)}
-        for operation in reversed(operations):
+        for operation in reversed(chain(self.graph)):
             above = reached.pop(operation.target, None)
             if above is not None:
                 below = BACKWARD[type(operation)](self, operation, above, values[operation.source])
                 known = reached.get(operation.source)
                 reached[operation.source] = below if known is None else known + below
-        return (right - best)[:, 0], outputs.abs().amax(1), reached[self.graph.input]
+        return margin, outputs.abs().amax(1), reached[self.graph.input]
 
 
 def _forward_linear(surrogate: _Surrogate, operation: Operation, x: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib.abc
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from netassay.fields import REFERENCE
 
 KEYS = Path(__file__).with_name("keys.json")
 RESULTS = Path(__file__).with_name("results.json")
@@ -40,7 +41,9 @@ def example_keys() -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for name in catalogue.names():
             document = sweeps.document(catalogue.get(name).example, base=Path(folder), source=name)
-            resolver = references.Resolver(document.base, document.networks, Artifacts(Path(folder) / "artifacts"))
+            resolver = references.Resolver(
+                document.base, document.networks, Artifacts(Path(folder) / "artifacts"), datasets=document.datasets
+            )
             first = next(part for part in sweeps.prepare(document, resolver).segments if part.method == name)
             found[name] = {"version": first.version, "params": first.params[0], "key": first.keys[0].hex()}
     return found
@@ -57,10 +60,7 @@ def outline(value: Any) -> Any:
         return {name: outline(item) for name, item in value.items()}
     if isinstance(value, list):
         return [outline(item) for item in value]
-    return _DIGEST.sub(r"\1", value) if isinstance(value, str) else value
-
-
-_DIGEST = re.compile(r"^(onnx|recipe|array|file):[0-9a-f]{64}$")
+    return REFERENCE.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def example_results() -> dict[str, Any]:
@@ -75,7 +75,7 @@ def example_results() -> dict[str, Any]:
         for name in catalogue.names():
             method = catalogue.get(name)
             document = sweeps.document(method.example, base=Path(folder), source=name)
-            resolver = references.Resolver(document.base, document.networks)
+            resolver = references.Resolver(document.base, document.networks, datasets=document.datasets)
             prepared = sweeps.prepare(document, resolver)
             resolver.commit()
             first = next(part for part in prepared.segments if part.method == name)

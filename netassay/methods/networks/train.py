@@ -78,9 +78,9 @@ def needs(params: Params) -> Needs:
     """From the recipe's size; measured on one core: 1.5 ms a step, and about 4e9 multiply-adds a second."""
     try:
         recipe = recipes.from_reference(params.recipe)
-    except MissingArtifact:  # asked about a recipe that is kept elsewhere: a small one is the best guess
+        weights, multiply_adds = _size(recipe)
+    except MissingArtifact:  # asked about a recipe or dataset that is kept elsewhere: a small one is the best guess
         return Needs(seconds=5.0, libraries=("numpy", "torch", "sklearn.datasets"))
-    weights, multiply_adds = _size(recipe)
     passes = 3 * (3 if recipe.training.kind == "ibp" else 1)
     seconds_a_step = 1.5e-3 + passes * recipe.batch * multiply_adds / 4e9
     if recipe.training.kind == "spectral":

@@ -3,9 +3,9 @@
     certified  <=  min over x in B and j != y of  f_y(x) - f_j(x)  >  0,    B = {x : ||x - x_i|| <= r, 0 <= x <= 1}
     falsified  <=  an x in B with argmax_j f_j(x) != y
 
-x_i, y: image i of a split of a dataset and its label; f: the network's outputs (logits); r: `radius`, in units of the
-input (pixels in [0, 1]); the norm is l_inf or l_2; without `clip` the ball is not cut with [0, 1]. Stages, each for the
-images that the ones before left open:
+x_i, y: image i (or other example) of a split of a dataset and its label; f: the network's outputs (logits); r:
+`radius`, in units of the input (pixels in [0, 1]); the norm is l_inf or l_2; without `clip` the ball is not cut with
+[0, 1], and data need not lie there. Stages, each for the images that the ones before left open:
 
 1. clean: the image itself is misclassified (falsified, `by` "clean"; the counterexample is the image);
 2. ibp: interval bounds (Gowal et al. 2018), with the last layer folded into the margin;
@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from netassay import data, networks
-from netassay.fields import Array, Count, DatasetName, Index, NetworkRef, Radius, Seed
+from netassay.fields import Array, Count, DatasetRef, Index, NetworkRef, Radius, Seed
 from netassay.figure import Axis, Figure, Line, Panel
 from netassay.heavy import np, torch
 from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable, NumericalError
@@ -72,7 +72,7 @@ Verdict = Literal["certified", "falsified", "unknown"]
 
 class Params(Contract):
     network: NetworkRef
-    dataset: DatasetName = "digits"
+    dataset: DatasetRef = "digits"
     split: Literal["test", "train", "all"] = "test"
     index: Index
     """which image of the split"""
@@ -88,7 +88,9 @@ class Params(Contract):
 
     @model_validator(mode="after")
     def _index_in_data(self) -> Params:
-        data.check_index(self.dataset, self.split, self.index)
+        # Where stored params are read, the artifact may be elsewhere: then the job itself checks, when it runs.
+        if data.is_known(self.dataset) or not data.is_reference(self.dataset):
+            data.check_index(self.dataset, self.split, self.index)
         return self
 
 
@@ -123,10 +125,12 @@ _STEP = 2e-5
 def needs(params: Params) -> Needs:
     """The default attack is part of the measured seconds; a longer one comes on top.
 
-    Of a network of 10^5 weights: larger ones are found out by the timings that replace this guess.
+    Of a network of 10^5 weights: larger ones are found out by the timings that replace this guess. Memory grows with a
+    user's dataset, which is loaded as a whole.
     """
     usual = Params.model_fields["steps"].default * Params.model_fields["restarts"].default
-    return replace(NEEDS, seconds=NEEDS.seconds + _STEP * max(0, params.steps * params.restarts - usual))
+    seconds = NEEDS.seconds + _STEP * max(0, params.steps * params.restarts - usual)
+    return replace(NEEDS, seconds=seconds, memory=(NEEDS.memory or 0) + data.memory(params.dataset))
 
 
 EXAMPLE = {
@@ -231,9 +235,15 @@ def _read(graph: Graph, params: Params) -> _Item | MethodError:
     outputs = int(np.prod(graph.output_shape))
     if x.numel() != int(np.prod(graph.input_shape)):
         return InvalidInput(
-            f"the network does not take {params.dataset}",
+            f"the network does not take {data.called(params.dataset)}",
             f"its input has the shape {graph.input_shape}, an image {tuple(x.shape)}",
             "another dataset, or a network trained on this one",
+        )
+    if params.clip and not 0.0 <= float(x.min()) <= float(x.max()) <= 1.0:
+        return InvalidInput(
+            f"image {params.index} of {data.called(params.dataset)} does not lie in [0, 1]",
+            f"its values go from {float(x.min()):g} to {float(x.max()):g}, and the ball is cut with [0, 1]",
+            "clip: false, or scale: minmax for the dataset",
         )
     if outputs < 2:
         return NotApplicable("the network has one output, so there are no classes to keep apart")
@@ -445,8 +455,11 @@ def plot(records: list[Record]) -> Figure:
     """
     series: defaultdict[str, defaultdict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     norms = {record.params.get("norm", "inf") for record in records}
+    datasets = {record.name("dataset") for record in records}
     for record in records:
         name = record.name("network")
+        if len(datasets) > 1:
+            name += f", {networks.short(record.name('dataset'))}"
         if len(norms) > 1:
             name += f", l_{record.params.get('norm', 'inf')}"
         series[name][float(record.params["radius"])].append(record)

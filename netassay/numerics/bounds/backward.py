@@ -30,7 +30,7 @@ from netassay.networks.graph import Graph, Operation, Relu
 from netassay.numerics.bounds import interval, rounding
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.linear import MAPS, Weights, chain, weights
-from netassay.numerics.bounds.regions import Ball
+from netassay.numerics.bounds.regions import Region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +124,7 @@ class Lower:
 
 def lower(
     graph: Graph,
-    region: Ball,
+    region: Region,
     rows: Tensor,
     *,
     intermediates: Intermediates = "backward",
@@ -153,7 +153,7 @@ def lower(
 
 def bounds(
     graph: Graph,
-    region: Ball,
+    region: Region,
     *,
     intermediates: Intermediates = "backward",
     evaluated: torch.dtype | None = None,
@@ -217,7 +217,7 @@ def _shifted(row: Linear, local: Tensor | None) -> Linear:
 
 
 def _lower(
-    graph: Graph, region: Ball, rows: Tensor, intermediates: Intermediates, evaluated: torch.dtype | None
+    graph: Graph, region: Region, rows: Tensor, intermediates: Intermediates, evaluated: torch.dtype | None
 ) -> Lower:
     """One block. rows: (batch or 1, rows, outputs)."""
     block = _relaxed(graph, region, intermediates, evaluated)
@@ -243,7 +243,7 @@ class _Block:
     delicate: Tensor
 
 
-def _relaxed(graph: Graph, region: Ball, intermediates: Intermediates, evaluated: torch.dtype | None) -> _Block:
+def _relaxed(graph: Graph, region: Region, intermediates: Intermediates, evaluated: torch.dtype | None) -> _Block:
     """Boxes and lines of a block, layer by layer: each layer is bounded with the lines of those before it."""
     of_graph = weights(graph, region.centre.dtype)
     operations = chain(graph)
@@ -284,7 +284,7 @@ def _near(x: Interval, noise: Tensor, *choices: Tensor) -> Tensor:
     return (near & matters).flatten(1).any(1)
 
 
-def _tightened(graph: Graph, region: Ball, at: str, x: Interval, block: _Block, slack: Tensor) -> Interval:
+def _tightened(graph: Graph, region: Region, at: str, x: Interval, block: _Block, slack: Tensor) -> Interval:
     """x cut by backward bounds of those of its neurons that are unstable, in each box its own.
 
     A row is computed for the whole block where one box needs it, but a box in which it is stable makes no use of it:

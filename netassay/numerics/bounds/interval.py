@@ -21,7 +21,7 @@ from netassay.heavy import torch
 from netassay.networks.graph import Graph, Operation, Relu
 from netassay.numerics.bounds import rounding
 from netassay.numerics.bounds.linear import MAPS, Weights, chain, weights
-from netassay.numerics.bounds.regions import Ball
+from netassay.numerics.bounds.regions import Region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Interval:
     ellipsoid: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
-    def around(cls, region: Ball) -> Interval:
+    def around(cls, region: Region) -> Interval:
         ellipsoid = None
         if region.norm == "2":
             spread = region.spread().expand_as(region.centre)
@@ -106,7 +106,7 @@ def step(operation: Operation, x: Interval, w: Weights, evaluated: torch.dtype |
     return RULES[type(operation)](operation, x, w, evaluated)
 
 
-def propagate(graph: Graph, region: Ball, evaluated: torch.dtype | None = None) -> dict[str, Interval]:
+def propagate(graph: Graph, region: Region, evaluated: torch.dtype | None = None) -> dict[str, Interval]:
     """Boxes of all values the output depends on, the input included, in the dtype of the region.
 
     evaluated: the boxes also hold for every evaluation of the network in this dtype; None: for exact arithmetic only.
@@ -119,7 +119,7 @@ def propagate(graph: Graph, region: Ball, evaluated: torch.dtype | None = None) 
     return values
 
 
-def bounds(graph: Graph, region: Ball, evaluated: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def bounds(graph: Graph, region: Region, evaluated: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """lower, upper: (batch, *output shape), of every output over each ball; see `propagate`."""
     output = propagate(graph, region, evaluated)[graph.output]
     return output.lower, output.upper

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from netassay.heavy import torch
 
@@ -63,14 +63,63 @@ class Ball:
         a: (batch or 1, rows, inputs). Returns (batch, rows). Exact for norm inf and for norm 2 without a domain; else
         the better of the dual norm, a.centre - radius ||a||_2, and the box.
         """
-        lower, upper = (side.flatten(1) for side in self.box())
-        middle, half = (lower + upper) / 2, (upper - lower) / 2
         if self.norm == "inf":
-            return _product(a, middle) - _product(a.abs(), half)
+            return _least(a, *self.box())
         dual = _product(a, self.centre.flatten(1)) - self.radius[:, None] * _norm(a)
         if math.isinf(self.low) and math.isinf(self.high):
             return dual
-        return torch.maximum(dual, _product(a, middle) - _product(a.abs(), half))
+        return torch.maximum(dual, _least(a, *self.box()))
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """A batch of boxes {x : lower <= x <= upper}, every coordinate with ends of its own.
+
+    lower, upper: (batch, *shape). Raises ValueError where an end is not finite or lower > upper. It answers all that a
+    `Ball` of norm "inf" does.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    norm: ClassVar[Literal["inf"]] = "inf"
+
+    def __post_init__(self) -> None:
+        if not bool((torch.isfinite(self.lower) & torch.isfinite(self.upper)).all()):
+            raise ValueError("an end of a box is not finite")
+        if bool((self.lower > self.upper).any()):
+            raise ValueError("a box is empty: its lower end lies above its upper one")
+
+    def __len__(self) -> int:
+        return len(self.lower)
+
+    def __getitem__(self, which: slice | Tensor | list[int]) -> Box:
+        return Box(self.lower[which], self.upper[which])
+
+    @property
+    def centre(self) -> Tensor:
+        """The middle of each box, rounded."""
+        return torch.minimum(torch.maximum(self.lower / 2 + self.upper / 2, self.lower), self.upper)
+
+    def spread(self) -> Tensor:
+        """Half the width of each coordinate, rounded: (batch, *shape)."""
+        return self.upper / 2 - self.lower / 2
+
+    def box(self) -> tuple[Tensor, Tensor]:
+        return self.lower, self.upper
+
+    def minimum(self, a: Tensor) -> Tensor:
+        """As `Ball.minimum`: min a.x over each box, up to rounding. a: (batch or 1, rows, inputs). (batch, rows)."""
+        return _least(a, self.lower, self.upper)
+
+
+Region = Ball | Box
+
+
+def _least(a: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """min a.x over boxes. a: (batch or 1, rows, inputs); lower, upper: (batch, *shape). Returns (batch, rows)."""
+    lower, upper = lower.flatten(1), upper.flatten(1)
+    middle, half = (lower + upper) / 2, (upper - lower) / 2
+    return _product(a, middle) - _product(a.abs(), half)
 
 
 def _norm(a: Tensor) -> Tensor:

@@ -1,0 +1,663 @@
+"""Whether some input of a box has an unsafe output: a counterexample, a proof that there is none, or neither.
+
+    sat    <=  an x in some box B and a conjunction of B with  c_k.f(x) <= b_k  for all its constraints k
+    unsat  <=  for every box B and conjunction of B there is a k with  min over x in B of c_k.f(x)  >  b_k
+
+f: the network's outputs, flattened; B = {x : lower <= x <= upper}, the conjunctions, c_k and b_k: of a VNN-LIB 1
+property (`netassay.vnnlib`), whose variables X_i and Y_j number inputs and outputs in row-major order, whatever their
+shape in the file. Stages, each for the (box, conjunction) pairs that the ones before left open:
+
+1. ibp: interval bounds (Gowal et al. 2018), with the last layer folded into the constraints;
+2. attack: `samples` points of the box and its corners, then `steps` of projected gradient descent from the best
+   `restarts` of them (Madry et al. 2018), for each conjunction by itself;
+3. crown: backward linear bounds (Zhang et al. 2018), every layer bounded backward; `crown_ibp`: between boxes;
+4. attack again, from the corners where the linear bounds of stage 3 are least.
+
+The margin of a pair is max over k of (a lower bound of min c_k.f) - b_k, in units of the property: above 0 it is
+refuted. There is no branching: a pair that the bounds over the whole box leave open stays open.
+
+What "unsat" means in floating point: as for `verification.certify`, the bounds are computed in float64 with an a-priori
+bound on their own rounding taken off, on the box rounded outward; they hold in real arithmetic, and for every float32
+evaluation of the network, in any order of summation, at every float32 input of the box, whose worst-case error is taken
+off too (`netassay.numerics.bounds.rounding` says what is not covered). Where such an evaluation might overflow, bounds
+claim nothing. What "sat" means: the counterexample consists of float32 numbers, lies in the box of the decimals as they
+are written, and the outputs that onnxruntime computes of it from the original file meet the constraints, both in exact
+arithmetic, without any tolerance. `arithmetic` says whether real arithmetic agrees; where it does not, the property may
+hold in one and fail in the other.
+
+"unknown" is an answer about these bounds and this attack, not about the network. A box that holds no float32 point
+(an input fixed to 0.1) cannot end as sat. Verdicts do not depend on which jobs are computed together; margins agree to
+1e-9 relative to the largest intermediate value of the network over the box.
+
+Cost: for each box ibp one product with |W| a layer, and crown O(sum over layers of n^3) for width n; for each pair the
+attack, samples + 2 steps restarts evaluations.
+
+Reference: Bak, Liu, Johnson. The second international verification of neural networks competition (VNN-COMP 2021):
+summary and results. 2021.
+Reference: Zhang, Weng, Chen, Hsieh, Daniel. Efficient neural network robustness certification with general activation
+functions. 2018.
+Reference: Gowal, Dvijotham, Stanforth, Bunel, Qin, Uesato, Arandjelovic, Mann, Kohli. On the effectiveness of interval
+bound propagation for training verifiably robust models. 2018.
+Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models resistant to adversarial attacks. 2018.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from netassay import networks, vnnlib
+from netassay.fields import AnyNetworkRef, Array, Count, Index, PropertyRef, Seed
+from netassay.figure import Axis, Bars, Figure, Line, Panel, Points
+from netassay.heavy import np, torch
+from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable
+from netassay.networks import onnx_file
+from netassay.networks.graph import Graph
+from netassay.numerics import attacks, replay
+from netassay.numerics.bounds import backward, interval, rounding
+from netassay.numerics.bounds.interval import Interval
+from netassay.numerics.bounds.linear import chain
+from netassay.numerics.bounds.regions import Box
+from netassay.vnnlib import Case, Conjunction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from netassay.job import Record
+
+VERSION = 1
+#: Of a trained network: training magnifies the last bit of a processor's arithmetic.
+GOLDEN_TOLERANCE = 0.05
+
+Verdict = Literal["sat", "unsat", "unknown"]
+
+
+class Params(Contract):
+    network: AnyNetworkRef
+    property: PropertyRef
+    bounds: Literal["crown", "crown_ibp", "ibp"] = "crown"
+    """the tightest bounds that are tried"""
+    samples: Annotated[Index, Field(le=1_000_000)] = 1000
+    """points of each box evaluated before the descent"""
+    restarts: Annotated[Count, Field(le=1_000)] = 8
+    """of them, how many the descent starts at"""
+    steps: Annotated[Index, Field(le=10_000)] = 30
+    """gradient steps of each start"""
+    seed: Seed = 0
+
+
+class Result(Contract):
+    verdict: Verdict
+    by: Literal["ibp", "attack", "crown"] | None
+    """the stage that decided, the last one of several; None for unknown"""
+    arithmetic: Literal["real and float32", "float32"] | None
+    """what the verdict is proven for: float32 is that of onnxruntime for sat, any for unsat; None for unknown"""
+    boxes: int
+    pairs: int
+    """how many pairs of a box and a conjunction the property consists of"""
+    refuted: int
+    """how many of them the bounds refute"""
+    margin: float
+    """the least of `margins`; above 0 exactly for unsat"""
+    margins: Array
+    """best lower bound of each pair's violation, in the order of the property: (pairs,), float64"""
+    violation: float | None
+    """the least violation (at most 0: unsafe) onnxruntime met in the attack; None where no point was tried"""
+    counterexample: Array | None
+    """input of the network, of its shape, float32; None unless sat"""
+    output: Array | None
+    """what onnxruntime makes of it, flattened"""
+
+
+#: Measured on one core, in groups of up to 32: ACAS Xu (5-50x6-5) 0.03 s a job; 784-256x2-10 0.5 s, x4 0.6, x6 0.8.
+NEEDS = Needs(seconds=0.2, memory=2**30, libraries=("numpy", "torch", "onnx", "onnxruntime"), group=32)
+
+
+def needs(params: Params) -> Needs:
+    """The default attack is about half of the measured seconds; a longer one comes on top."""
+    usual = {name: about.default for name, about in Params.model_fields.items()}
+    evaluations = params.samples + 2 * params.steps * params.restarts
+    share = evaluations / (usual["samples"] + 2 * usual["steps"] * usual["restarts"])
+    return replace(NEEDS, seconds=NEEDS.seconds * max(1.0, (1 + share) / 2))
+
+
+def _example_property(petal: float) -> dict[str, str]:
+    """A flower of iris (sepal and petal lengths and widths, scaled to [0, 1]) with petals up to `petal` and sepals of
+    medium size is never taken for the third species.
+    """
+    ends = [(0.2, 0.5), (0.2, 0.5), (0, petal), (0, petal)]
+    lines = [f"; petals up to {petal}"]
+    lines += [f"(declare-const {name} Real)" for name in ("X_0", "X_1", "X_2", "X_3", "Y_0", "Y_1", "Y_2")]
+    lines += [f"(assert (and (>= X_{i} {low}) (<= X_{i} {high})))" for i, (low, high) in enumerate(ends)]
+    lines += ["(assert (and (<= Y_0 Y_2) (<= Y_1 Y_2)))"]
+    return {"vnnlib": "\n".join(lines)}
+
+
+EXAMPLE = {
+    "jobs": [
+        {
+            "method": "verification.verify",
+            "params": {
+                "network": {"dataset": "iris", "architecture": {"kind": "mlp", "hidden": [16, 16]}, "epochs": 100},
+            },
+            "grid": {"property": [_example_property(petal) for petal in (0.1, 0.2, 0.3)]},
+        }
+    ]
+}
+
+#: Boxes that are bounded together, so that the memory of a property of thousands of boxes stays that of so many.
+_BOXES = 256
+#: Rows of constraints that one box may carry at once; a box with more is bounded in several pieces.
+_ROWS = 512
+#: Boxes x constraints x width of the network in one call: 128 MiB in float64.
+_COEFFICIENTS = 2**24
+#: Corners of the linear bounds that an attack on one conjunction starts at.
+_CORNERS = 8
+
+
+def run(params: Params) -> Result:
+    """Raises NotApplicable for operators and properties that no bound here knows, naming them; InvalidInput where
+    network and property do not fit.
+    """
+    outcome = _outcomes([params])[0]
+    if isinstance(outcome, MethodError):
+        raise outcome
+    return outcome
+
+
+def run_many(params: list[Params]) -> list[Result | Failure]:
+    """All of one network; properties, bounds and attacks may differ."""
+    return [Failure.of(outcome) if isinstance(outcome, MethodError) else outcome for outcome in _outcomes(params)]
+
+
+@dataclass(eq=False)
+class _Pair:
+    """A box and one conjunction of it. number: its place in the job. margin: the best bound so far, in units of the
+    property; the pair is refuted where it is above 0.
+    """
+
+    item: _Item
+    number: int
+    case: Case
+    conjunction: Conjunction
+    margin: float = -math.inf
+
+    @property
+    def open(self) -> bool:
+        return self.margin <= 0 and self.item.verdict == "unknown"
+
+
+@dataclass(eq=False)
+class _Item:
+    """One job on its way through the stages."""
+
+    params: Params
+    cases: tuple[Case, ...]
+    pairs: list[_Pair] = field(default_factory=list)
+    verdict: Verdict = "unknown"
+    by: Any = None
+    arithmetic: Any = None
+    violation: float | None = None
+    counterexample: Any = None
+    output: Any = None
+
+    def result(self) -> Result:
+        margins = np.array([pair.margin for pair in self.pairs])
+        return Result(
+            verdict=self.verdict,
+            by=self.by,
+            arithmetic=self.arithmetic,
+            boxes=len(self.cases),
+            pairs=len(self.pairs),
+            refuted=int((margins > 0).sum()),
+            margin=float(margins.min()),
+            margins=margins,
+            violation=self.violation,
+            counterexample=self.counterexample,
+            output=self.output,
+        )
+
+
+def _outcomes(params: Sequence[Params]) -> list[Result | MethodError]:
+    try:
+        graph = networks.load(params[0].network)
+        chain(graph)
+    except (onnx_file.UnsupportedOperator, onnx_file.UnsupportedShape) as error:
+        return [NotApplicable(error.what, error.why)] * len(params)
+    except onnx_file.NetworkFileError as error:
+        return [error] * len(params)
+    except NotImplementedError as error:
+        return [NotApplicable("the network has an operation without bounds", str(error))] * len(params)
+    try:
+        replay.load(params[0].network)
+    except InvalidInput as error:
+        return [error] * len(params)
+    outcomes: list[Any] = [_read(graph, wanted) for wanted in params]
+    items = [item for item in outcomes if isinstance(item, _Item)]
+    with torch.no_grad():
+        try:
+            _decide(graph, items)
+        except rounding.TooManyTerms as error:
+            wide = NotApplicable(
+                "a layer of the network is too wide for bounds that hold in float32", str(error).partition(";")[0]
+            )
+            return [wide if isinstance(outcome, _Item) else outcome for outcome in outcomes]
+    return [outcome.result() if isinstance(outcome, _Item) else outcome for outcome in outcomes]
+
+
+def _read(graph: Graph, params: Params) -> _Item | MethodError:
+    """The boxes and conjunctions of a job, or what is wrong with it."""
+    try:
+        wanted = vnnlib.load(params.property)
+    except MethodError as error:
+        return error
+    inputs, outputs = math.prod(graph.input_shape), math.prod(graph.output_shape)
+    for what, has, asks in (("inputs", inputs, wanted.inputs), ("outputs", outputs, wanted.outputs)):
+        if has != asks:
+            return InvalidInput(
+                f"the property is about {asks} {what}, the network has {has}",
+                f"its {what[:-1]} has the shape {graph.input_shape if what == 'inputs' else graph.output_shape}",
+                "the network that the property was written for",
+            )
+    item = _Item(params, wanted.cases)
+    pairs = [(case, conjunction) for case in wanted.cases for conjunction in case.unsafe]
+    item.pairs = [_Pair(item, number, *pair) for number, pair in enumerate(pairs)]
+    return item
+
+
+def _decide(graph: Graph, items: Sequence[_Item]) -> None:
+    _bounded(graph, _pieces(items), "ibp")
+    _attacked(graph, items, None)
+    for method in ("crown", "crown_ibp"):
+        _bounded(graph, _pieces([item for item in items if item.params.bounds == method]), method)
+    _attacked(graph, [item for item in items if item.params.bounds != "ibp"], _corners)
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A box with the constraints of some of its open conjunctions, for the bounds.
+
+    lower, upper: (1, *input), float64, rounded outward. rows: (rows, outputs), the c of each constraint, times a power
+    of two that brings its largest entry into [1, 2), as the error bounds of `rounding` ask for; bound: (rows,), b
+    likewise scaled, rounded up; unit: (rows,), the scale. That c is rounded to float64 is one of the roundings which
+    `rounding.backward` has to spare: it allows for 24 and more of each number.
+    owners: (rows,), the place in `pairs` of each row's pair.
+    """
+
+    pairs: list[_Pair]
+    lower: Tensor
+    upper: Tensor
+    rows: Tensor
+    bound: Tensor
+    unit: Tensor
+    owners: list[int]
+
+
+def _pieces(items: Sequence[_Item]) -> list[_Piece]:
+    pieces = []
+    for item in items:
+        by_case: defaultdict[int, list[_Pair]] = defaultdict(list)
+        for pair in item.pairs:
+            if pair.open:
+                by_case[id(pair.case)].append(pair)
+        for pairs in by_case.values():
+            pieces += [_piece(part) for part in _parts(pairs)]
+    return pieces
+
+
+def _parts(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
+    """Pairs of one box in runs of at most `_ROWS` constraints."""
+    part: list[_Pair] = []
+    rows = 0
+    for pair in pairs:
+        if part and rows + len(pair.conjunction) > _ROWS:
+            yield part
+            part, rows = [], 0
+        part.append(pair)
+        rows += len(pair.conjunction)
+    if part:
+        yield part
+
+
+def _piece(pairs: list[_Pair]) -> _Piece:
+    constraints = [(place, one) for place, pair in enumerate(pairs) for one in pair.conjunction]
+    outputs = 1 + max(place for _, one in constraints for place, _ in one.coefficients)
+    rows = np.zeros((len(constraints), outputs))
+    bound, unit = np.zeros(len(constraints)), np.zeros(len(constraints))
+    for row, (_, one) in enumerate(constraints):
+        largest = max(abs(c) for _, c in one.coefficients)
+        scale = Fraction(2) ** -math.frexp(float(largest))[1] * 2
+        for place, c in one.coefficients:
+            rows[row, place] = float(c * scale)
+        bound[row], unit[row] = vnnlib.above(one.bound * scale), float(scale)
+    lower, upper = (torch.from_numpy(side)[None] for side in pairs[0].case.outward())
+    return _Piece(
+        pairs,
+        lower,
+        upper,
+        rows=torch.from_numpy(rows),
+        bound=torch.from_numpy(bound),
+        unit=torch.from_numpy(unit),
+        owners=[place for place, _ in constraints],
+    )
+
+
+def _box(graph: Graph, pieces: Sequence[_Piece]) -> Box:
+    lower, upper = (torch.cat([getattr(piece, side) for piece in pieces]) for side in ("lower", "upper"))
+    return Box(lower.reshape(-1, *graph.input_shape), upper.reshape(-1, *graph.input_shape))
+
+
+def _rows(graph: Graph, pieces: Sequence[_Piece]) -> Tensor:
+    """(pieces, rows, outputs); a piece with fewer rows than another repeats its first."""
+    most = max(len(piece.rows) for piece in pieces)
+    found = torch.zeros(len(pieces), most, math.prod(graph.output_shape), dtype=torch.float64)
+    for place, piece in enumerate(pieces):
+        count, outputs = piece.rows.shape
+        found[place, :count, :outputs] = piece.rows
+        found[place, count:, :outputs] = piece.rows[0]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What bounds say of pieces. least: (pieces, rows), lower bounds of c.f - b, scaled. near: (pieces,), bool; so near
+    to a decision that rounding, and with it the grouping, might matter. linear: coefficients of crown.
+    """
+
+    least: Tensor
+    near: Tensor
+    linear: Tensor | None = None
+
+
+def _bounded(graph: Graph, pieces: list[_Piece], method: str) -> None:
+    """Bound the open pairs and end the jobs of which none is left."""
+    bound = _bound_ibp if method == "ibp" else _bound_crown
+    for some in _runs(graph, pieces):
+        found = bound(graph, some, method)
+        for place, piece in enumerate(some):
+            again = len(some) > 1 and bool(found.near[place])
+            _note(piece, bound(graph, [piece], method).least[0] if again else found.least[place])
+    for item in {id(pair.item): pair.item for piece in pieces for pair in piece.pairs}.values():
+        if item.verdict == "unknown" and all(pair.margin > 0 for pair in item.pairs):
+            item.verdict, item.by = "unsat", "ibp" if method == "ibp" else "crown"
+            item.arithmetic = "real and float32"
+
+
+def _runs(graph: Graph, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces that are bounded together: boxes, and numbers in their linear bounds, within what memory holds."""
+    widest = max(math.prod(shape) for shape in (graph.input_shape, *(operation.shape for operation in chain(graph))))
+    run: list[_Piece] = []
+    most = 0
+    for piece in pieces:
+        most = max(most, len(piece.rows))
+        if run and (len(run) == _BOXES or (len(run) + 1) * most * widest > _COEFFICIENTS):
+            yield run
+            run, most = [], len(piece.rows)
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _note(piece: _Piece, least: Tensor) -> None:
+    # The scale is a power of two, so a sign survives it, but for underflow far below all that is asked about.
+    for place, value in zip(piece.owners, (least[: len(piece.unit)] / piece.unit).tolist(), strict=True):
+        pair = piece.pairs[place]
+        pair.margin = max(pair.margin, value)
+
+
+def _bound_ibp(graph: Graph, pieces: Sequence[_Piece], method: str) -> _Found:
+    region, rows = _box(graph, pieces), _rows(graph, pieces)
+    boxes = interval.propagate(graph, region, torch.float32)
+    sound, doubtful = _sound(graph, boxes)
+    least = backward.box_margins(graph, boxes, rows, torch.float32)
+    noise = rounding.backward(graph, boxes)[graph.output].flatten(1).amax(1)
+    return _found(pieces, rows, least, sound, doubtful, backward.NOISE * len(graph.operations) * noise)
+
+
+def _bound_crown(graph: Graph, pieces: Sequence[_Piece], method: str) -> _Found:
+    region, rows = _box(graph, pieces), _rows(graph, pieces)
+    boxes = interval.propagate(graph, region, torch.float32)
+    sound, doubtful = _sound(graph, boxes)
+    intermediates: backward.Intermediates = "backward" if method == "crown" else "interval"
+    # Boxes of thousands of constraints fill the memory a few at a time.
+    block = max(1, min(backward.BLOCK, backward.BLOCK * 64 // rows.shape[1]))
+    bound = backward.lower(graph, region, rows, intermediates=intermediates, evaluated=torch.float32, block=block)
+    doubtful = doubtful | bound.delicate
+    return _found(pieces, rows, bound.lower, sound, doubtful, bound.noise, bound.a)
+
+
+def _found(
+    pieces: Sequence[_Piece],
+    rows: Tensor,
+    least: Tensor,
+    sound: Tensor,
+    doubtful: Tensor,
+    noise: Tensor,
+    linear: Tensor | None = None,
+) -> _Found:
+    """Lower bounds of c.f turned into those of c.f - b."""
+    bound = torch.stack([torch.cat([p.bound, p.bound[:1].expand(rows.shape[1] - len(p.bound))]) for p in pieces])
+    # One rounding of a difference does not change its sign.
+    violation = torch.where(sound[:, None] & torch.isfinite(least), least - bound, -torch.inf)
+    band = noise[:, None] * rows.abs().sum(2).clamp(min=1)
+    return _Found(violation, doubtful | (violation.abs() <= band).any(1), linear)
+
+
+#: Relative distance of a sum from float32's limit at which the last bit of it, and so the grouping, might decide: far
+#: above float64 rounding. Such boxes are computed alone.
+_NEAR_OVERFLOW = 1e-6
+
+
+def _sound(graph: Graph, boxes: dict[str, Interval]) -> tuple[Tensor, Tensor]:
+    """Whether no float32 evaluation overflows in a box, so that bounds speak of all of them; and whether that is so
+    near that it has to be asked of the box alone. Both (batch,), bool.
+    """
+    ends = [torch.isfinite(box.lower) & torch.isfinite(box.upper) for box in boxes.values()]
+    finite = torch.stack([end.flatten(1).all(1) for end in ends]).all(0)
+    load = rounding.load(graph, boxes, torch.float32)
+    inputs = boxes[graph.input].magnitude().flatten(1).amax(1) <= torch.finfo(torch.float32).max
+    return finite & inputs & (load < 1), (load - 1).abs() <= _NEAR_OVERFLOW
+
+
+# --- attack -----------------------------------------------------------------------------------------------------------
+
+
+def _corners(graph: Graph, pairs: Sequence[_Pair], lower: Tensor, upper: Tensor) -> Tensor:
+    """Where the linear bounds of the constraints of each pair are least over its box: (pairs, `_CORNERS`, *input).
+
+    Bounded one by one: near 0 the sign of a coefficient may depend on the group. lower, upper: (pairs, *input).
+    """
+    found: list[Tensor] = []
+    by_case: dict[tuple[int, int], list[_Pair]] = {}
+    for pair in pairs:
+        by_case.setdefault((id(pair.item), id(pair.case)), []).append(pair)
+    place = 0
+    for of_box in by_case.values():
+        for part in _parts(of_box):
+            piece = _piece(part)
+            linear = _bound_crown(graph, [piece], part[0].item.params.bounds).linear
+            assert linear is not None
+            for number in range(len(part)):
+                rows = [row for row, owner in enumerate(piece.owners) if owner == number][:_CORNERS]
+                rows += rows[:1] * (_CORNERS - len(rows))
+                found.append(torch.where(linear[0, rows] > 0, lower[place], upper[place]))
+                place += 1
+    return torch.stack(found)
+
+
+def _attacked(graph: Graph, items: Sequence[_Item], corners: Callable[..., Tensor] | None) -> None:
+    """Search a counterexample for the open pairs: among samples, or from the corners of the linear bounds."""
+    groups: defaultdict[tuple[int, int, int], list[_Pair]] = defaultdict(list)
+    for item in items:
+        for pair in item.pairs:
+            if pair.open:
+                wanted = item.params
+                groups[wanted.samples, wanted.restarts, wanted.steps].append(pair)
+    for (samples, restarts, steps), pairs in groups.items():
+        size = max(1, min(_BOXES, _COEFFICIENTS // (_CORNERS * math.prod(graph.input_shape))))
+        for start in range(0, len(pairs), size):
+            some = pairs[start : start + size]
+            ends = [_representable(graph, pair.case) for pair in some]
+            lower, upper = (torch.stack(side) for side in zip(*ends, strict=True))
+            # Where an input has no float32 within its bounds, a box of floats stands in; its points are refused below.
+            attack = attacks.meet(
+                graph,
+                Box(torch.minimum(lower, upper), torch.maximum(lower, upper)),
+                _conjunctions(some),
+                samples=0 if corners else samples,
+                steps=steps,
+                restarts=restarts,
+                seeds=[_seed(pair) for pair in some],
+                starts=corners(graph, some, lower, upper) if corners else None,
+            )
+            for pair, point, inside in zip(some, attack.points, attack.inside.tolist(), strict=True):
+                if inside:
+                    _judge(graph, pair, point)
+
+
+def _representable(graph: Graph, case: Case) -> tuple[Tensor, Tensor]:
+    """The box's float32 numbers, in the network's shape, as float64."""
+    largest = float(torch.finfo(torch.float32).max)
+    lower, upper = (
+        torch.from_numpy(side.astype(np.float64)).reshape(graph.input_shape).clamp(-largest, largest)
+        for side in case.inward()
+    )
+    return lower, upper
+
+
+def _conjunctions(pairs: Sequence[_Pair]) -> attacks.Conjunctions:
+    most = max(len(pair.conjunction) for pair in pairs)
+    terms = max(len(one.coefficients) for pair in pairs for one in pair.conjunction)
+    output, weight = np.zeros((len(pairs), most, terms), dtype=np.int64), np.zeros((len(pairs), most, terms))
+    bound = np.full((len(pairs), most), np.inf)
+    for place, pair in enumerate(pairs):
+        for row, one in enumerate(pair.conjunction):
+            bound[place, row] = float(one.bound)
+            for term, (number, c) in enumerate(one.coefficients):
+                output[place, row, term], weight[place, row, term] = number, float(c)
+    return attacks.Conjunctions(*(torch.from_numpy(array) for array in (output, weight, bound)))
+
+
+def _judge(graph: Graph, pair: _Pair, point: Tensor) -> None:
+    """Note what onnxruntime makes of a candidate; the first counterexample of a job ends it."""
+    item, x = pair.item, point.flatten().tolist()
+    if item.verdict == "sat" or not pair.case.contains(x):
+        return
+    output = replay.outputs(item.params.network, point.numpy())
+    if not bool(np.isfinite(output).all()):
+        return
+    violation = max(one.violation(output.tolist()) for one in pair.conjunction)
+    item.violation = min(vnnlib.above(violation), math.inf if item.violation is None else item.violation)
+    if violation <= 0:
+        item.verdict, item.by = "sat", "attack"
+        item.arithmetic = "real and float32" if _holds_in_real(graph, pair, point) else "float32"
+        item.counterexample, item.output = point.float().numpy(), output
+
+
+def _holds_in_real(graph: Graph, pair: _Pair, point: Tensor) -> bool:
+    """Whether the constraints are proven at the point in real arithmetic, by intervals around the exact values."""
+    output = interval.propagate(graph, Box(point[None], point[None]))[graph.output]
+    ends = output.lower.flatten().tolist(), output.upper.flatten().tolist()
+    if not all(map(math.isfinite, ends[0] + ends[1])):
+        return False
+    # The largest value of c.y over the box of outputs takes the upper end where c > 0, in exact arithmetic.
+    largest = (
+        sum((c * Fraction(ends[c > 0][place]) for place, c in one.coefficients), -one.bound) for one in pair.conjunction
+    )
+    return all(value <= 0 for value in largest)
+
+
+def _seed(pair: _Pair) -> int:
+    """A seed for this pair: pairs of one job draw different points."""
+    text = f"{pair.item.params.seed} {pair.number}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+
+# --- plot -------------------------------------------------------------------------------------------------------------
+
+_VERDICTS = ("unsat", "sat", "unknown", "no result")
+#: More networks or properties than this are not told apart.
+_BARS = 40
+#: Labels that a figure has colours for; groups of points get none beyond.
+_COLOURS = 7
+#: Where a log axis begins: seconds, and margins.
+_SHORTEST, _NEAREST = 1e-3, 1e-9
+
+
+def plot(records: list[Record]) -> Figure:
+    """Verdicts by property or by network (whichever are fewer); how many instances were decided within a time; and of
+    each undecided one, how far the bound and the attack are from deciding it.
+    """
+    names = {of: [networks.short(record.name(of)) for record in records] for of in ("property", "network")}
+    by = min(names, key=lambda of: (len(set(names[of])) < 2, len(set(names[of]))))
+    groups = names[by] if len(set(names[by])) <= _BARS else ["all"] * len(records)
+    order = sorted(set(groups), key=lambda name: [int(p) if p.isdigit() else p for p in _DIGITS.split(name)])
+    counts = Counter((group, _verdict(record)) for group, record in zip(groups, records, strict=True))
+    seen = [verdict for verdict in _VERDICTS if any(counts[group, verdict] for group in order)]
+    bars: list[Any] = [
+        Bars(x=list(order), y=[counts[g, verdict] for g in order], label=verdict, stacked=True) for verdict in seen
+    ]
+    panels = [Panel(title="Verdicts", x=Axis(label=by, scale="category"), y=Axis(label="instances", low=0), marks=bars)]
+    panels.append(
+        Panel(
+            title="Decided",
+            x=Axis(label="seconds of one instance", scale="log"),
+            y=Axis(label="instances within that time", low=0),
+            marks=[line for verdict in ("unsat", "sat") if (line := _within(records, verdict)) is not None],
+        )
+    )
+    told = len(order) + len(seen) <= _COLOURS
+    points: list[Any] = [
+        one for group in order if (one := _undecided(records, groups, group, group if told else "")) is not None
+    ]
+    if points:
+        panels.append(
+            Panel(
+                title="Undecided",
+                x=Axis(label="least violation the attack met", scale="log"),
+                y=Axis(label="lower bound, below 0 by", scale="log"),
+                marks=points,
+            )
+        )
+    decided = sum(counts[group, verdict] for group in order for verdict in ("unsat", "sat"))
+    caption = f"{decided:,} of {len(records):,} instances decided."
+    if points:
+        caption += (
+            " Of the undecided, those far left nearly have a counterexample, those at the bottom are nearly proven."
+        )
+    return Figure(title="Verification", caption=caption, panels=panels, columns=3)
+
+
+_DIGITS = re.compile(r"(\d+)")
+
+
+def _verdict(record: Record) -> str:
+    return record.result["verdict"] if record.result is not None else "no result"
+
+
+def _within(records: Sequence[Record], verdict: str) -> Line | None:
+    times = sorted(max(record.seconds, _SHORTEST) for record in records if _verdict(record) == verdict)
+    if not times:
+        return None
+    return Line(x=list(times), y=list(range(1, len(times) + 1)), label=verdict, points=len(times) == 1)
+
+
+def _undecided(records: Sequence[Record], groups: Sequence[str], group: str, label: str) -> Points | None:
+    found = [
+        (max(result["violation"], _NEAREST), max(-result["margin"], _NEAREST))
+        for record, of in zip(records, groups, strict=True)
+        if of == group and (result := record.result) is not None and result["verdict"] == "unknown"
+        and result["violation"] is not None and math.isfinite(result["margin"])
+    ]  # fmt: skip
+    return Points(x=[x for x, _ in found], y=[y for _, y in found], label=label) if found else None
