@@ -78,7 +78,7 @@ class Record:
     state: pending, running, done, not_applicable or failed. cause, message: of a failure (message also of
     not_applicable). result: fields of `Result`, arrays as stored (use `array`). seconds: run time; of a vectorised
     group, the job's share. inputs: recipe -> digest of the network it stood for. attempts: children that
-    died on this job.
+    died on this job. batches: names of the batches it was found in.
     """
 
     id: int
@@ -96,6 +96,7 @@ class Record:
     names: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    batches: tuple[str, ...] = ()
 
     def name(self, parameter: str) -> str:
         """The user's name for the reference in this parameter, else its text: `f.onnx` rather than a hash."""

@@ -25,10 +25,6 @@ from netassay.store.database import Database, Outage
 
 log = structlog.get_logger("netassay.dispatch")
 
-#: Also in `worker.app`: the two packages do not import each other.
-TASK, QUEUE = "netassay.run_chunk", "netassay"
-KEY_PREFIX = "netassay:"
-
 #: Most published chunks a slot. Fewer where they are long: what waits in Redis is what a newcomer waits for.
 CHUNKS_A_SLOT = 2
 #: A message overtaken by a later one for so long is lost. A worker claims within milliseconds of its pop.
@@ -64,20 +60,23 @@ class BrokerDown(Exception):
 
 
 class CeleryBroker:
-    """Redis through Celery for messages, directly for its own number and the length of the list."""
+    """Redis through Celery for messages, directly for its own number and the length of the list.
 
-    def __init__(self, url: str) -> None:
+    prefix: of all its keys.
+    """
+
+    def __init__(self, url: str, prefix: str) -> None:
         import redis
         from celery import Celery
         from kombu.exceptions import KombuError, OperationalError
 
         self._app = Celery("netassay", broker=url)
         self._app.conf.update(
-            task_default_queue=QUEUE,
+            task_default_queue=dispatching.QUEUE,
             task_serializer="json",
             task_ignore_result=True,
             broker_transport_options={
-                "global_keyprefix": KEY_PREFIX,
+                "global_keyprefix": prefix,
                 "socket_timeout": 10,
                 "socket_connect_timeout": 5,
                 "health_check_interval": 25,
@@ -85,6 +84,7 @@ class CeleryBroker:
             },
             task_publish_retry=False,
         )
+        self._prefix = prefix
         address = url.replace("redis+socket://", "unix://").replace("?virtual_host=", "?db=")
         self._redis = redis.Redis.from_url(address, socket_timeout=10, decode_responses=True)
         self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError, KombuError, OperationalError)
@@ -99,19 +99,20 @@ class CeleryBroker:
         def publish() -> None:
             with self._app.producer_or_acquire() as producer:
                 for message in messages:
-                    self._app.send_task(TASK, args=[message.chunk_id, message.label], queue=QUEUE, producer=producer)
+                    arguments = [message.chunk_id, message.label]
+                    self._app.send_task(dispatching.TASK, args=arguments, queue=dispatching.QUEUE, producer=producer)
 
         self._ask(publish)
 
     def waiting(self) -> int:
-        return self._ask(lambda: self._redis.llen(KEY_PREFIX + QUEUE))
+        return self._ask(lambda: self._redis.llen(self._prefix + dispatching.QUEUE))
 
     def remembered(self) -> int | None:
-        value = self._ask(lambda: self._redis.get(KEY_PREFIX + "incarnation"))
+        value = self._ask(lambda: self._redis.get(self._prefix + "incarnation"))
         return int(value) if value else None
 
     def remember(self, incarnation: int) -> None:
-        self._ask(lambda: self._redis.set(KEY_PREFIX + "incarnation", incarnation))
+        self._ask(lambda: self._redis.set(self._prefix + "incarnation", incarnation))
 
 
 @dataclass
@@ -282,7 +283,8 @@ def serve(config: Settings, stop: threading.Event) -> None:
     """Dispatch until `stop` is set; outages of Redis or the store are waited out."""
     database = Database(config.store_url)
     database.prepare()
-    dispatcher = Dispatcher(database, CeleryBroker(config.broker), lost_after=config.lost_after)
+    broker = CeleryBroker(config.broker, dispatching.key_prefix(database))
+    dispatcher = Dispatcher(database, broker, lost_after=config.lost_after)
     pause = IDLE_PAUSE
     while not stop.wait(pause):
         try:

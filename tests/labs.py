@@ -7,6 +7,7 @@ which the jobs themselves append a synced line before and after their work.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 import psutil
 import pytest
+from services import RedisServer, new_database, require_redis
 from sqlalchemy import text
 
 from netassay import catalogue
@@ -32,21 +34,11 @@ from netassay.methods.diagnostics import _side_log
 from netassay.settings import Settings
 from netassay.store import reading
 from netassay.store.database import Database
-from producer import lab
-from producer import submit as submission
+from producer import lab, submission
+from producer import lab as embedded_lab
 
 #: Every wait ends; on a busy machine with two cores a lab is up to ten times slower than on an idle one.
 PATIENCE = 60.0
-
-
-def require_redis() -> None:
-    """Skip where there is no Redis server to start; fail in CI, where a skipped promise would go unnoticed."""
-    try:
-        lab.redis_binary()
-    except lab.LabError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(error))
-        pytest.skip(str(error))
 
 
 def until(condition: Callable[[], Any], seconds: float = PATIENCE, what: str = "") -> Any:
@@ -94,18 +86,25 @@ class Run:
 
 @dataclass
 class Lab:
-    """An embedded lab and its folder. environment: variables for all its services."""
+    """A lab and its folder. environment: variables for all its services.
+
+    It is embedded where no `server` is given: then it has a Redis of its own and records in SQLite. With a server and a
+    `store` (URL) it is one host of a cluster.
+    """
 
     home: Path
     slots: int = 2
     environment: Mapping[str, str] = field(default_factory=dict)
+    server: RedisServer | None = None
+    store: str = ""
 
     @property
     def config(self) -> Settings:
         named = {name.removeprefix("NETASSAY_").lower(): value for name, value in self.environment.items()}
-        return Settings(home=self.home, **{name: named[name] for name in ("lost_after", "methods") if name in named})
+        known = {name: named[name] for name in ("lost_after", "methods", "artifacts") if name in named}
+        return Settings(home=self.home, broker=self.server.url if self.server else "", store=self.store, **known)
 
-    @property
+    @functools.cached_property
     def database(self) -> Database:
         return Database(self.config.store_url)
 
@@ -136,7 +135,7 @@ class Lab:
                 **os.environ,
                 **self.environment,
                 **lab.environment_of(self.config),
-                "NETASSAY_BROKER": about["broker"],
+                "NETASSAY_BROKER": self.config.broker or about["broker"],
             },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -152,6 +151,8 @@ class Lab:
         return lab.Place(self.config.root).described() or {}
 
     def pid(self, service: str) -> int:
+        if service == "redis" and self.server is not None:
+            return self.server.pid
         return self.described()["pid"] if service == "lab" else self.described()["services"][service]
 
     def children(self) -> list[int]:
@@ -167,11 +168,20 @@ class Lab:
     def kill(self, service: str, number: int = signal.SIGKILL) -> int:
         """Send a signal to a service (or `lab`, their supervisor). Returns the process it had."""
         pid = self.pid(service)
-        os.kill(pid, number)
+        if service == "redis" and self.server is not None:
+            self.server.kill(number)
+        else:
+            os.kill(pid, number)
         return pid
 
     def restarted(self, service: str, pid: int) -> int:
-        """Wait until a service runs in another process than `pid`. Returns that one."""
+        """Wait until a service runs in another process than `pid`. Returns that one.
+
+        The Redis of a cluster is nobody's service: it is started again here, as whoever keeps it would.
+        """
+        if service == "redis" and self.server is not None:
+            self.server.start()
+            return self.server.pid
 
         def other() -> int:
             now = self.described().get("services", {}).get(service, pid)
@@ -373,12 +383,47 @@ def embedded(slots: int = 2, start: bool = True, **environment: str) -> Iterator
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def in_python(script: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+@contextlib.contextmanager
+def cluster(slots: int = 2, start: bool = True, **environment: str) -> Iterator[Lab]:
+    """As `embedded`, but one host of a cluster: records in a new database of PostgreSQL, a Redis on a port of its
+    own, artifacts in a shared folder."""
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(new_database())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-")))
+        server = RedisServer(folder / "redis")
+        server.start()
+        stack.callback(server.kill)
+        named = {"ARTIFACTS": str(folder / "artifacts"), **environment}
+        found = Lab(folder / "host", slots, {f"NETASSAY_{name}": value for name, value in named.items()}, server, url)
+        found.home.mkdir()
+        try:
+            if start:
+                found.up()
+            yield found
+        finally:
+            found.database.dispose()
+            with contextlib.suppress(Exception):
+                found.down()
+            for process in found.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+
+#: Both kinds of lab. What is promised of one is promised of the other.
+KINDS = ("embedded", "cluster")
+
+
+def a_lab(kind: str, slots: int = 2, start: bool = True, **environment: str) -> contextlib.AbstractContextManager[Lab]:
+    """A lab of this kind for the time of a block."""
+    return (cluster if kind == "cluster" else embedded)(slots, start, **environment)
+
+
+def in_python(script: str, lab: Lab, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, in which guards can be off or crash points set."""
     named = {f"NETASSAY_{name}": value for name, value in environment.items()}
     return subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "NETASSAY_HOME": str(home), **named},
+        env={**os.environ, **embedded_lab.environment_of(lab.config), **named},
         capture_output=True,
         text=True,
         timeout=PATIENCE,

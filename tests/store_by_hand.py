@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import Any
 
 from sqlalchemy import text
 
@@ -16,12 +16,6 @@ from netassay.store.running import Claim, Outcome, Task
 from producer.sweeps import Segment
 
 METHOD = "diagnostics.echo"
-
-
-def new_store(folder: Path) -> Database:
-    database = Database(f"sqlite:///{folder / 'store.sqlite'}")
-    database.prepare()
-    return database
 
 
 def params_of(number: int) -> str:
@@ -49,8 +43,8 @@ def builder(*recipes: str) -> Segment:
     return Segment(BUILDER, 1, "", 0.1, None, None, None, 1, (), (), params, keys)
 
 
-def submit(database: Database, name: str, *segments: Segment, weight: float = 1.0) -> submission.Submitted:
-    return submission.submit(database, name, segments, {}, weight)
+def submit(database: Database, name: str, *segments: Segment, **options: Any) -> submission.Submitted:
+    return submission.submit(database, name, segments, {}, **options)
 
 
 def sign_on(database: Database, name: str = "worker", slots: int = 1) -> int:
@@ -164,8 +158,8 @@ def recount(database: Database, name: str) -> tuple[int, int, int]:
     """done, not_applicable, failed of a batch by its records alone; at rest its counters must say the same."""
     ((*counts,),) = rows(
         database,
-        "SELECT coalesce(sum(r.state = 'done'), 0), coalesce(sum(r.state = 'not_applicable'), 0),"
-        " coalesce(sum(r.state = 'failed'), 0) FROM batch b JOIN membership m ON m.batch_id = b.id"
+        "SELECT count(CASE WHEN r.state = 'done' THEN 1 END), count(CASE WHEN r.state = 'not_applicable' THEN 1 END),"
+        " count(CASE WHEN r.state = 'failed' THEN 1 END) FROM batch b JOIN membership m ON m.batch_id = b.id"
         " LEFT JOIN record r ON r.job_id = m.job_id WHERE b.name = :name AND b.state <> 'arriving'",
         name=name,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import services
 from sqlalchemy import Connection
 from store_by_hand import (
     audit,
@@ -18,7 +20,6 @@ from store_by_hand import (
     finish,
     jobs,
     jobs_in,
-    new_store,
     number_of,
     publish,
     recount,
@@ -74,8 +75,8 @@ class ListBroker:
 class Lab:
     """A store, a broker and a clock that only moves when told to; dispatchers and workers are stepped by hand."""
 
-    def __init__(self, folder: Path) -> None:
-        self.database = new_store(folder)
+    def __init__(self, database: Database) -> None:
+        self.database = database
         self.broker = ListBroker()
         self.now = 1000.0
         self.dispatcher = self.another_dispatcher()
@@ -129,9 +130,10 @@ class Lab:
         raise AssertionError(f"never finished: {reading.batches(self.database)}")
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path)
+@pytest.fixture(params=services.STORES)
+def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    with services.new_store(request.param, tmp_path) as database:
+        yield Lab(database)
 
 
 def sizes(lab: Lab) -> list[int]:
@@ -165,7 +167,9 @@ def test_two_dispatchers_at_once_do_not_exceed_the_bound(lab: Lab, monkeypatch: 
     sign_on(lab.database, slots=2)
     lab.settle()
     submit(lab.database, "a", jobs(range(100), seconds=1.1))
-    rival = Dispatcher(Database(str(lab.database.url)), lab.broker, clock=lambda: lab.now)
+    rival = Dispatcher(
+        Database(lab.database.url.render_as_string(hide_password=False)), lab.broker, clock=lambda: lab.now
+    )
     read = dispatching.open_batches
 
     def overtaken_by_the_rival(connection: Connection) -> list[dispatching.OpenBatch]:
@@ -613,9 +617,9 @@ def test_a_worker_that_waits_for_a_held_write_lock_is_not_lost(
     free_at = lab.now + held
     write = lab.database.write
 
-    def when_free(durable: bool = False) -> AbstractContextManager[Connection]:
+    def when_free(durable: bool = False, beside: bool = False) -> AbstractContextManager[Connection]:
         lab.now = max(lab.now, free_at)
-        return write(durable)
+        return write(durable, beside)
 
     monkeypatch.setattr(lab.database, "write", when_free)
     monkeypatch.setattr("producer.dispatch.HOUSEKEEPING_SECONDS", 1e9)  # else that waits for the lock first

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from labs import Lab, require_redis, variables
+from labs import KINDS, Lab, a_lab, variables
 
 from netassay import catalogue, networks
 from netassay.job import Record
@@ -25,23 +24,17 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished() -> Iterator[tuple[Lab, list[Record]]]:
-    require_redis()
-    with tempfile.TemporaryDirectory(prefix="nae2e-") as folder:
-        lab = Lab(Path(folder))
-        lab.up()
-        try:
-            entry = {
-                "method": "verification.certify",
-                "params": {"dataset": "digits"},
-                "grid": {"network": list(NETWORKS), "radius": RADII, "index": {"range": [0, IMAGES]}},
-            }
-            lab.submit("digits", entry, networks=NETWORKS)
-            lab.wait("digits", seconds=240)
-            yield lab, lab.records("digits")
-        finally:
-            lab.down()
+@pytest.fixture(scope="module", params=KINDS)
+def finished(request: pytest.FixtureRequest) -> Iterator[tuple[Lab, list[Record]]]:
+    with a_lab(request.param) as lab:
+        entry = {
+            "method": "verification.certify",
+            "params": {"dataset": "digits"},
+            "grid": {"network": list(NETWORKS), "radius": RADII, "index": {"range": [0, IMAGES]}},
+        }
+        lab.submit("digits", entry, networks=NETWORKS)
+        lab.wait("digits", seconds=240)
+        yield lab, lab.records("digits")
 
 
 def certified(records: list[Record]) -> dict[tuple[str, float], list[Record]]:

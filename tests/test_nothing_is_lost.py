@@ -6,26 +6,25 @@ import contextlib
 import os
 import random
 import signal
-import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
-from labs import Lab, alive, embedded, in_python, until
+from labs import KINDS, Lab, a_lab, alive, in_python, until
 
 from netassay import faults
-from netassay.store import control, reading
+from netassay.store import control, dispatching, reading
 from producer import lab as embedded_lab
 
 #: Seconds without a sign of life after which these labs give a worker up; its renewals come every second.
 LOST_AFTER = "3"
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with embedded(LOST_AFTER=LOST_AFTER) as found:
+@pytest.fixture(scope="module", params=KINDS)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    with a_lab(request.param, LOST_AFTER=LOST_AFTER) as found:
         yield found
 
 
@@ -59,7 +58,8 @@ def attempts_in(lab: Lab, name: str) -> list:
 
 
 def broker(lab: Lab) -> redis.Redis:
-    return redis.Redis.from_url(lab.described()["broker"].replace("redis+socket", "unix"))
+    url = lab.config.broker or lab.described()["broker"]
+    return redis.Redis.from_url(url.replace("redis+socket", "unix"))
 
 
 def test_a_worker_killed_mid_batch_loses_no_job_and_leaves_no_child(lab: Lab) -> None:
@@ -116,11 +116,8 @@ def test_redis_wiped_mid_batch_costs_no_job(lab: Lab) -> None:
 def test_a_store_locked_for_five_seconds_delays_and_loses_nothing(lab: Lab) -> None:
     lab.submit("locked", *mixture(lab, 6))
     under_way(lab, 6)
-    other = sqlite3.connect(str(lab.database.url.database), timeout=30, isolation_level=None)
-    with contextlib.closing(other):
-        other.execute("BEGIN EXCLUSIVE")
+    with lab.database.write():
         time.sleep(5.0)
-        other.execute("ROLLBACK")
     lab.wait("locked")
     assert lab.violations("locked") == []
 
@@ -153,18 +150,18 @@ def test_a_worker_stopped_beyond_its_lease_changes_nothing_when_it_wakes(lab: La
 SUBMIT = """
 from pathlib import Path
 from netassay.settings import settings
-from producer import submit
-print(submit.submit(Path({path!r}), settings())[1].already)
+from producer import submission
+print(submission.submit(Path({path!r}), settings())[1].already)
 """
 
 
 def test_a_submitter_killed_before_its_batch_opens_leaves_no_batch(lab: Lab) -> None:
     path = lab.document("early", *mixture(lab, 8, sleeps=10))
-    killed = in_python(SUBMIT.format(path=str(path)), lab.home, CRASH_AT="submit.arriving")
+    killed = in_python(SUBMIT.format(path=str(path)), lab, CRASH_AT="submit.arriving")
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(control.NoSuchBatch):
         lab.progress("early")
-    again = in_python(SUBMIT.format(path=str(path)), lab.home)
+    again = in_python(SUBMIT.format(path=str(path)), lab)
     assert again.stdout.strip() == "False", again.stderr
     lab.wait("early")
     assert lab.violations("early") == []
@@ -172,9 +169,9 @@ def test_a_submitter_killed_before_its_batch_opens_leaves_no_batch(lab: Lab) -> 
 
 def test_a_submitter_killed_after_its_batch_opened_has_submitted_it(lab: Lab) -> None:
     path = lab.document("late", *mixture(lab, 9, sleeps=10))
-    killed = in_python(SUBMIT.format(path=str(path)), lab.home, CRASH_AT="submit.opened")
+    killed = in_python(SUBMIT.format(path=str(path)), lab, CRASH_AT="submit.opened")
     assert killed.returncode == -signal.SIGKILL
-    again = in_python(SUBMIT.format(path=str(path)), lab.home)
+    again = in_python(SUBMIT.format(path=str(path)), lab)
     assert again.stdout.strip() == "True", again.stderr
     lab.wait("late")
     assert lab.violations("late") == []
@@ -190,13 +187,15 @@ def test_a_killed_lab_takes_all_with_it_and_goes_on_when_it_is_started_again(lab
     until(lambda: not lab.processes(), 10, "all processes to end with the lab")
     assert not embedded_lab.is_locked(place.lock)
     assert place.described() is None
-    with pytest.raises(redis.ConnectionError):
-        connection.ping()
+    if lab.server is None:
+        with pytest.raises(redis.ConnectionError):
+            connection.ping()
     lab.up()
     lab.wait("whole")
     assert lab.violations("whole", takeover=True) == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "points",
     [
@@ -204,8 +203,10 @@ def test_a_killed_lab_takes_all_with_it_and_goes_on_when_it_is_started_again(lab
         ("dispatch.sent", "worker.claimed", "worker.committed"),
     ],
 )
-def test_a_process_that_dies_at_any_point_of_a_jobs_way_loses_no_job(points: tuple[str, ...], tmp_path: Path) -> None:
-    with embedded(LOST_AFTER=LOST_AFTER, CRASH_AT=",".join(points), CRASH_ONCE=str(tmp_path)) as lab:
+def test_a_process_that_dies_at_any_point_of_a_jobs_way_loses_no_job(
+    points: tuple[str, ...], kind: str, tmp_path: Path
+) -> None:
+    with a_lab(kind, LOST_AFTER=LOST_AFTER, CRASH_AT=",".join(points), CRASH_ONCE=str(tmp_path)) as lab:
         lab.submit("points", *mixture(lab, 1, sleeps=20))
         lab.wait("points")
         assert {mark.name for mark in tmp_path.iterdir()} == set(points), "a point was not reached"
@@ -218,16 +219,18 @@ def test_every_point_where_a_process_can_be_made_to_die_is_tried() -> None:
     assert tried == set(faults.POINTS)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accident", ["worker killed", "redis wiped"])
-def test_without_the_reconciler_jobs_are_missed_and_the_oracle_says_so(accident: str) -> None:
-    with embedded(LOST_AFTER=LOST_AFTER, WITHOUT="reconciler") as lab:
+def test_without_the_reconciler_jobs_are_missed_and_the_oracle_says_so(accident: str, kind: str) -> None:
+    with a_lab(kind, LOST_AFTER=LOST_AFTER, WITHOUT="reconciler") as lab:
         lab.submit("missed", *mixture(lab, 1, sleeps=60))
         under_way(lab, 1, jobs=2)
         if accident == "worker killed":
             lab.restarted("worker", lab.kill("worker"))
         else:
             # While the dispatcher cannot publish, so that messages of published chunks do lie in Redis.
-            until(lambda: broker(lab).llen("netassay:netassay") > 0 and broker(lab).flushall())
+            queue = dispatching.key_prefix(lab.database) + dispatching.QUEUE
+            until(lambda: broker(lab).llen(queue) > 0 and broker(lab).flushall())
         time.sleep(8.0)
         assert not lab.progress("missed").over
         assert any("never ended" in one for one in lab.violations("missed"))
@@ -240,12 +243,12 @@ from pathlib import Path
 from netassay.settings import settings
 from netassay.store import dispatching, reading, running
 from netassay.store.database import Database
-from producer import submit
+from producer import submission
 from sqlalchemy import text
 
 database = Database(settings().store_url)
 database.prepare()
-submit.submit(Path({path!r}), settings())
+submission.submit(Path({path!r}), settings())
 first, second = (running.sign_on(database, name, "host", 1, 1) for name in ("first", "second"))
 batch = dispatching.OpenBatch(1, "late", 1.0)
 
@@ -272,8 +275,11 @@ print(json.loads(row.result)["value"], row.worker_id == second)
 """
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guards_off, said", [("", "kept refused 2 True"), ("fence", "kept kept 1 False")])
-def test_a_late_writer_is_refused_and_only_the_fence_does_it(guards_off: str, said: str, tmp_path: Path) -> None:
+def test_a_late_writer_is_refused_and_only_the_fence_does_it(
+    guards_off: str, said: str, kind: str, tmp_path: Path
+) -> None:
     path = tmp_path / "late.yaml"
     path.write_text("name: late\njobs: [{method: diagnostics.echo, params: {value: 1}}]\n")
     counter = (
@@ -281,18 +287,19 @@ def test_a_late_writer_is_refused_and_only_the_fence_does_it(guards_off: str, sa
         "    with database.read() as connection:\n"
         "        return next(w.counter for w in dispatching.alive_workers(connection) if w.id == worker)\n"
     )
-    done = in_python(
-        LATE.format(path=str(path)).replace("\nasleep", "\n" + counter + "asleep"), tmp_path, WITHOUT=guards_off
-    )
+    script = LATE.format(path=str(path)).replace("\nasleep", "\n" + counter + "asleep")
+    with a_lab(kind, start=False) as lab:
+        done = in_python(script, lab, WITHOUT=guards_off)
     assert done.stdout.split() == said.split(), done.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_hail_of_kills_loses_nothing(seed: int) -> None:
+def test_a_hail_of_kills_loses_nothing(seed: int, kind: str) -> None:
     """Every two seconds something else is killed, until the batch has ended."""
     draw, kills = random.Random(seed), 0
-    with embedded(LOST_AFTER=LOST_AFTER) as lab:
+    with a_lab(kind, LOST_AFTER=LOST_AFTER) as lab:
         lab.submit("hail", *mixture(lab, 1, sleeps=999, seconds=0.05))
         under_way(lab, 1)
         while not lab.progress("hail").over and kills < 60:
@@ -304,6 +311,8 @@ def test_a_hail_of_kills_loses_nothing(seed: int) -> None:
                     broker(lab).flushall()
                 else:
                     lab.kill(what)
+                    if what == "redis" and lab.server is not None:
+                        lab.server.start()
                 kills += 1
             time.sleep(2.0)
         lab.wait("hail", seconds=200)

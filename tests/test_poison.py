@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from labs import Lab, embedded, until
+from labs import KINDS, Lab, a_lab, until
 
 from netassay.job import Record
 from netassay.store import control, reading
@@ -15,10 +15,10 @@ from netassay.store import control, reading
 USER_METHODS = Path(__file__).parent / "user_methods"
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+@pytest.fixture(scope="module", params=KINDS)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     # 1 GB for two slots: also a vectorised group cannot take more than half of it.
-    with embedded(METHODS=str(USER_METHODS), MEMORY="1000000000") as found:
+    with a_lab(request.param, METHODS=str(USER_METHODS), MEMORY="1000000000") as found:
         yield found
 
 

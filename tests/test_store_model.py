@@ -6,12 +6,13 @@ messages, deaths, reclaimed workers that write late, pauses and retries in betwe
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+import services
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -23,7 +24,6 @@ from store_by_hand import (
     drain,
     failed,
     jobs,
-    new_store,
     number_of,
     publish,
     recount,
@@ -33,7 +33,6 @@ from store_by_hand import (
 )
 
 from netassay.store import control, dispatching, reading, running
-from netassay.store.database import Database
 from netassay.store.running import Claim, Death, Outcome, StaleToken, Task
 from netassay.store.submission import NameTaken
 
@@ -57,13 +56,13 @@ def end_of(task: Task, how: str) -> Outcome:
 
 
 class Interleaving(RuleBasedStateMachine):
-    template: Path
+    store: str
 
     @initialize(low=st.integers(0, LAST - 1), high=st.integers(1, LAST))
     def begin(self, low: int, high: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="netassay-model-"))
-        shutil.copyfile(type(self).template, self.folder / "store.sqlite")
-        self.database = Database(f"sqlite:///{self.folder / 'store.sqlite'}")
+        self.kept = contextlib.ExitStack()
+        folder = self.kept.enter_context(tempfile.TemporaryDirectory(prefix="netassay-model-"))
+        self.database = self.kept.enter_context(services.new_store(type(self).store, Path(folder)))
         self.workers = [sign_on(self.database, "w0"), sign_on(self.database, "w1")]
         self.messages: list[int] = []
         #: what workers believe to hold: slot of the worker, its id then, the claim
@@ -255,23 +254,20 @@ class Interleaving(RuleBasedStateMachine):
             audit_at_rest(self.database)
             assert rows(self.database, "SELECT count(*) FROM running") == [(0,)]
         finally:
-            self.database.dispose()
-            shutil.rmtree(self.folder)
+            self.kept.close()
 
 
 @pytest.mark.timeout(900)  # a failure is made as short as it goes, and that takes minutes
-def test_any_interleaving_keeps_the_books_and_loses_no_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", services.STORES)
+def test_any_interleaving_keeps_the_books_and_loses_no_job(store: str) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    database = new_store(tmp_path)
-    with database.write() as connection:
-        connection.exec_driver_sql("SELECT 1")
-    database.dispose()  # the last connection closed: all of it is in the one file
-    Interleaving.template = tmp_path / "store.sqlite"
+    if store == "postgresql":
+        services.require_postgres()
     run_state_machine_as_test(
-        Interleaving,
+        type("Interleaving", (Interleaving,), {"store": store}),
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=EXAMPLES if store == "sqlite" else EXAMPLES // 5,  # a step takes ten times as long
             stateful_step_count=60,
             deadline=None,
             derandomize=EXAMPLES == 100,

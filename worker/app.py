@@ -15,10 +15,9 @@ from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
 from netassay.settings import settings
+from netassay.store.database import PATIENCE, Database
+from netassay.store.dispatching import QUEUE, TASK, key_prefix
 from worker.supervisor import Supervisor
-
-#: Also in `producer.dispatch`, which sends by name: the two packages do not import each other.
-TASK, QUEUE = "netassay.run_chunk", "netassay"
 
 # To root it speaks of the dangers of pickle, which is not accepted here.
 warnings.filterwarnings("ignore", category=SecurityWarning)
@@ -51,9 +50,21 @@ app.conf.update(
         "socket_timeout": 30,
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
-        "global_keyprefix": "netassay:",
     },
 )
+
+
+@app.on_after_configure.connect
+def _name_keys(sender: Celery, **_: Any) -> None:
+    """All keys in Redis begin with the lab's own id, which the store knows."""
+    database = Database(settings().store_url)
+    try:
+        database.prepare()
+        prefix = database.persist(PATIENCE, lambda: key_prefix(database))
+    finally:
+        database.dispose()
+    sender.conf.broker_transport_options = {**sender.conf.broker_transport_options, "global_keyprefix": prefix}
+
 
 _supervisor: Supervisor | None = None
 

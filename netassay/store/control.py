@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import text
+import functools
+
+from sqlalchemy import Connection, text
 
 from netassay.store.database import Database, StoreError, slices
 from netassay.store.reset import forget_records
@@ -30,7 +32,8 @@ def batch_id_of(database: Database, name: str) -> int:
 def _move(database: Database, name: str, state: str, allowed: tuple[str, ...], judged: bool = False) -> bool:
     batch_id = batch_id_of(database, name)
     places = ", ".join(f"'{item}'" for item in allowed)
-    with database.write(durable=True) as connection:
+
+    def move(connection: Connection) -> bool:
         return bool(
             connection.execute(
                 text(
@@ -41,6 +44,8 @@ def _move(database: Database, name: str, state: str, allowed: tuple[str, ...], j
                 {"id": batch_id, "state": state, "judged": int(judged)},
             ).rowcount
         )
+
+    return database.transact(move, durable=True)
 
 
 def pause(database: Database, name: str) -> bool:
@@ -73,11 +78,10 @@ def retry(database: Database, name: str, cause: str | None = None) -> int:
         )
     retried = 0
     for piece in slices(failed, 5_000):
-        with database.write(durable=True) as connection:
-            retried += forget_records(connection, piece)
+        retried += database.transact(functools.partial(forget_records, jobs=piece), durable=True)
     if retried:
-        with database.write() as connection:
-            connection.execute(text("UPDATE batch SET judged = 1 WHERE id = :id"), {"id": batch_id})
+        judge = text("UPDATE batch SET judged = 1 WHERE id = :id")
+        database.transact(lambda connection: connection.execute(judge, {"id": batch_id}))
     return retried
 
 
@@ -86,5 +90,5 @@ def set_weight(database: Database, name: str, weight: float) -> None:
     if not 0.001 <= weight <= 1000:
         raise StoreError(f"a weight of {weight} is outside 0.001..1000")
     batch_id = batch_id_of(database, name)
-    with database.write() as connection:
-        connection.execute(text("UPDATE batch SET weight = :weight WHERE id = :id"), {"id": batch_id, "weight": weight})
+    change = text("UPDATE batch SET weight = :weight WHERE id = :id")
+    database.transact(lambda connection: connection.execute(change, {"id": batch_id, "weight": weight}), durable=True)

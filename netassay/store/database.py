@@ -1,7 +1,14 @@
-"""One door to the database of records: SQLite now, another database later by the same calls.
+"""One door to the database of records: SQLite for one host, PostgreSQL for many, by the same calls.
 
-SQLite runs in WAL mode; every write takes the lock at its start (BEGIN IMMEDIATE), so a transaction never fails
-half-way for want of it; a connection serves one thread at a time.
+A write takes its lock at its start, so a transaction never fails half-way for want of it. There are two kinds:
+
+* alone (the default): nobody else writes meanwhile. Whatever moves jobs between chunks or batches is of this kind.
+* `beside`: what a worker does to chunks of its own, and what a submission writes before it opens, may run at the same
+  time as other such writes; who writes so has to say why the steps of two of them cannot cross.
+
+SQLite has one writer at a time anyway (WAL mode, BEGIN IMMEDIATE). On PostgreSQL an advisory lock is held alone or
+shared; its queue is fair, so a stream of shared holders starves nobody. Statements there run at READ COMMITTED: each
+sees what was committed when it began. A connection serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -9,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
@@ -19,15 +26,32 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.pool import QueuePool
 
 from netassay.errors import UserError
-from netassay.settings import settings
+from netassay.settings import masked, settings
 from netassay.store import tables
 
 #: A busy database is waited for this long; SQLite's own default is 0.
 BUSY_SECONDS = 30
 #: The newest migration in netassay/store/migrations; a store of another one is refused or upgraded.
-SCHEMA = "0001"
+SCHEMA = "0002"
 #: The first SQLite with RETURNING (March 2021).
 OLDEST_SQLITE = (3, 35, 0)
+#: The oldest PostgreSQL that is still looked after, as `server_version` writes it.
+OLDEST_POSTGRES = 130000
+#: Seconds of an outage, or of giving way to others' transactions, that a person's request sits out.
+PATIENCE = 30.0
+#: The advisory lock of PostgreSQL that writes take, alone or shared: "netassay" as a number.
+_LOCK = int.from_bytes(b"netassay", "big")
+#: A dead peer is noticed in half a minute; libpq's own defaults wait for the kernel's two hours.
+_POSTGRES = {
+    "connect_timeout": 10,
+    "application_name": "netassay",
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+
+T = TypeVar("T")
 
 #: What a database that is down, locked, full or cut off raises: worth trying again.
 Outage: tuple[type[DBAPIError], ...] = (OperationalError, InterfaceError)
@@ -40,7 +64,7 @@ class StoreError(UserError):
 class Database:
     """A store's records. Cheap to make; connections open at first use.
 
-    Raises StoreError for a URL that is none, or not of SQLite.
+    Raises StoreError for a URL that is none, or of another database than SQLite and PostgreSQL.
     """
 
     def __init__(self, url: str | None = None) -> None:
@@ -49,38 +73,50 @@ class Database:
             self.url = make_url(given)
         except ArgumentError:
             raise StoreError(
-                f"NETASSAY_STORE is no database URL: {given!r}; leave it empty, or give sqlite:////folder/store.sqlite"
+                f"NETASSAY_STORE is no database URL: {masked(given)!r}; leave it empty, or give "
+                "sqlite:////folder/store.sqlite or postgresql://user:password@host/database"
             ) from None
-        if self.url.get_backend_name() != "sqlite":
+        if self.url.get_backend_name() in ("postgresql", "postgres"):
+            self.url = self.url.set(drivername="postgresql+psycopg")
+        elif self.url.get_backend_name() != "sqlite":
             raise StoreError(
-                f"this release keeps its records in SQLite only, not in {self.url.get_backend_name()}; leave "
-                "NETASSAY_STORE empty, or give sqlite:////folder/store.sqlite (on a disk of this host)"
+                f"records are kept in SQLite or PostgreSQL, not in {self.url.get_backend_name()}; leave NETASSAY_STORE "
+                "empty, or give sqlite:////folder/store.sqlite (on a disk of this host) or "
+                "postgresql://user:password@host/database"
             )
-        self.engine = create_engine(
-            self.url,
-            # Size 0 is no bound: as many connections as threads work at once, each in the hands of one of them. A
-            # bounded pool of one connection a thread would close those that other threads are using.
-            poolclass=QueuePool,
-            pool_size=0,
-            pool_use_lifo=True,
-            connect_args={"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False},
-        )
-        event.listen(self.engine, "connect", _prepare_sqlite)
-        event.listen(self.engine, "begin", _begin_sqlite)
+        # Size 0 is no bound: as many connections as threads work at once, each in the hands of one of them. A bounded
+        # pool of one connection a thread would close those that other threads are using.
+        pool: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 0, "pool_use_lifo": True}
+        if self.sqlite:
+            arguments: dict[str, Any] = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False}
+            self.engine = create_engine(self.url, connect_args=arguments, **pool)
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            arguments = {name: value for name, value in _POSTGRES.items() if name not in self.url.query}
+            self.engine = create_engine(self.url, connect_args=arguments, pool_pre_ping=True, **pool)
 
     @property
     def sqlite(self) -> bool:
-        return self.engine.dialect.name == "sqlite"
+        return self.url.get_backend_name() == "sqlite"
+
+    def __str__(self) -> str:
+        """Its URL, without passwords."""
+        url = self.url.set(drivername=self.url.get_backend_name())  # without the name of our driver
+        return masked(url.render_as_string(hide_password=True))
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent view."""
         with self.engine.connect() as connection:
+            if not self.sqlite:
+                connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             yield connection
 
     @contextlib.contextmanager
-    def write(self, durable: bool = False) -> Iterator[Connection]:
-        """One transaction; `durable`: when the block ends, it and all before it have been synced to disk."""
+    def write(self, durable: bool = False, beside: bool = False) -> Iterator[Connection]:
+        """One transaction, alone or `beside` others of that kind; `durable`: when the block ends, it and all before it
+        have been synced to disk."""
         with self.engine.connect() as connection:
             if self.sqlite:
                 connection = connection.execution_options(netassay_write=True)
@@ -88,15 +124,32 @@ class Database:
                     _synchronous(connection, "FULL")
             try:
                 with connection.begin():
+                    if not self.sqlite:
+                        _take_turn(connection, durable, beside)
                     yield connection
             finally:
                 if self.sqlite and durable:
                     _synchronous(connection, "NORMAL")
 
+    def transact(
+        self, action: Callable[[Connection], T], durable: bool = False, beside: bool = False, seconds: float = PATIENCE
+    ) -> T:
+        """`action` in one transaction; again, for so many seconds, where the database was out or broke a deadlock.
+
+        It may then have been done already (the answer to the commit got lost), so it has to bear being done twice.
+        """
+
+        def once() -> T:
+            with self.write(durable, beside) as connection:
+                return action(connection)
+
+        # SQLite has waited for its lock already, and what else it complains of (a full disk) does not pass by itself.
+        return once() if self.sqlite else self.persist(seconds, once)
+
     def prepare(self) -> None:
         """Create the tables where there are none, upgrade those of an older schema.
 
-        Raises StoreError where the store is newer than this program, or no store at all, or SQLite is too old.
+        Raises StoreError where the store is newer than this program, or no store at all, or the database is too old.
         """
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise StoreError(
@@ -114,20 +167,32 @@ class Database:
             else:
                 self._upgrade(found)
         except OperationalError as error:
-            raise StoreError(
-                f"the store {self.url.render_as_string()} cannot be opened: {error.orig}; check NETASSAY_STORE, "
-                "NETASSAY_HOME and the rights on that folder"
-            ) from error
+            raise StoreError(f"the store {self} cannot be opened: {error.orig}; {self._way_out()}") from error
         except DBAPIError as error:
-            if "not a database" not in str(error.orig):
-                raise
-            raise StoreError(f"{self.url.database} is not a SQLite database; point NETASSAY_HOME elsewhere") from error
+            if "not a database" in str(error.orig):
+                raise StoreError(
+                    f"{self.url.database} is not a SQLite database; point NETASSAY_HOME elsewhere"
+                ) from error
+            if "permission denied" in str(error.orig):
+                raise StoreError(f"the store {self} cannot be used: {error.orig}; {self._way_out()}") from error
+            raise
+
+    def _way_out(self) -> str:
+        if self.sqlite:
+            return "check NETASSAY_STORE, NETASSAY_HOME and the rights on that folder"
+        return "check NETASSAY_STORE, that PostgreSQL runs there, and that this user may create tables in the database"
 
     def exists(self) -> bool:
         return not self.sqlite or not self.url.database or Path(self.url.database).is_file()
 
     def _schema(self) -> str | None:
         with self.read() as connection:
+            if not self.sqlite:
+                number = int(connection.execute(text("SHOW server_version_num")).scalar_one())
+                if number < OLDEST_POSTGRES:
+                    raise StoreError(
+                        f"{self} is PostgreSQL {number // 10000}; netassay needs {OLDEST_POSTGRES // 10000} or newer"
+                    )
             if not inspect(connection).has_table("alembic_version"):
                 return None
             return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
@@ -159,17 +224,27 @@ class Database:
     def insert(
         self, connection: Connection, table: str, columns: Sequence[str], rows: list[tuple], ignore: bool = False
     ) -> int:
-        """Insert many rows in one call; `ignore`: skip those whose primary key exists. Returns how many went in."""
+        """Insert many rows in one call; `ignore`: skip those whose primary key exists. Returns how many went in.
+
+        On PostgreSQL rows that may not exist are copied (COPY), others sent as one array a column; where two
+        transactions may insert the same keys, both have to bring them in the same order.
+        """
         if not rows:
             return 0
-        mark = "?" if self.sqlite else "%s"
-        statement = (
-            f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(mark for _ in columns)})"
-            f"{' ON CONFLICT DO NOTHING' if ignore else ''}"
-        )
-        return connection.exec_driver_sql(statement, rows).rowcount
+        if self.sqlite:
+            statement = (
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' for _ in columns)})"
+                f"{' ON CONFLICT DO NOTHING' if ignore else ''}"
+            )
+            return connection.exec_driver_sql(statement, rows).rowcount
+        if not ignore:
+            return _copy(connection, table, columns, rows)
+        types = tables.metadata.tables[table].columns
+        arrays = ", ".join(f"%s::{types[name].type.compile(self.engine.dialect)}[]" for name in columns)
+        statement = f"INSERT INTO {table} ({', '.join(columns)}) SELECT * FROM unnest({arrays}) ON CONFLICT DO NOTHING"
+        return connection.exec_driver_sql(statement, tuple(map(list, zip(*rows, strict=True)))).rowcount
 
-    def persist(self, seconds: float, action: Any) -> Any:
+    def persist(self, seconds: float, action: Callable[[], T]) -> T:
         """Call `action` until it succeeds or `seconds` of outages have passed."""
         deadline, pause = time.monotonic() + seconds, 0.05
         while True:
@@ -208,6 +283,42 @@ def _synchronous(connection: Connection, level: str) -> None:
     dbapi = connection.connection.dbapi_connection
     if dbapi is not None:
         dbapi.cursor().execute(f"PRAGMA synchronous={level}")
+
+
+def _take_turn(connection: Connection, durable: bool, beside: bool) -> None:
+    # Without the wait for the disk a crash of the server may forget the last moments, in order and as a whole, as
+    # SQLite does at synchronous=NORMAL; the next durable write brings all before it to disk.
+    shared = "_shared" if beside else ""
+    # Each of our writes goes by indexes from the rows it is about. Tables grow from nothing to millions in seconds, and
+    # until the statistics have followed, the planner would rather read them whole.
+    connection.execute(
+        text(
+            "SELECT set_config('synchronous_commit', :level, true), set_config('enable_seqscan', 'off', true),"
+            " set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true),"
+            f" pg_advisory_xact_lock{shared}(:lock)"
+        ),
+        {"level": "on" if durable else "off", "lock": _LOCK},
+    )
+
+
+def _copy(connection: Connection, table: str, columns: Sequence[str], rows: list[tuple]) -> int:
+    import psycopg
+
+    statement = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
+    driver: Any = connection.connection.dbapi_connection
+    try:
+        with driver.cursor() as cursor:
+            with cursor.copy(statement) as copy:
+                for row in rows:
+                    copy.write_row(row)
+            return cursor.rowcount
+    except psycopg.Error as error:
+        # Past SQLAlchemy, so its own errors have to be made here: callers tell outages from refusals by them.
+        lost = bool(driver.closed)
+        raised = DBAPIError.instance(
+            statement, None, error, psycopg.Error, connection_invalidated=lost, dialect=connection.dialect
+        )
+        raise raised from error
 
 
 def slices(items: Sequence, size: int = 10_000) -> Iterable[Sequence]:

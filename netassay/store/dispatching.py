@@ -1,6 +1,7 @@
 """What a dispatcher does to the store: cut chunks and mark them published, take back what was lost, settle needs.
 
-Every step is a compare-and-set within one write transaction, so two dispatchers do no harm.
+Every step is a compare-and-set within one write transaction that has the store to itself, so two dispatchers do no
+harm.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from sqlalchemy import Connection, Row, text
 
 from netassay.job import BUILDER
 from netassay.store.database import Database
+
+#: The Celery task that runs a chunk and the queue it travels in: the one name by which dispatcher and worker, which do
+#: not import each other, meet.
+TASK, QUEUE = "netassay.run_chunk", "netassay"
 
 #: A chunk should take about this long: short enough to share and to give back, long enough to vanish in the overhead.
 CHUNK_SECONDS = 2.0
@@ -93,12 +98,18 @@ def open_batches(connection: Connection) -> list[OpenBatch]:
     rows = connection.execute(
         text(
             "SELECT id, name, weight FROM batch b WHERE state = 'open' AND ("
-            f" EXISTS (SELECT 1 FROM segment s INDEXED BY segment_left WHERE s.batch_id = b.id AND {LEFT})"
+            f" EXISTS (SELECT 1 FROM segment s{_by(connection, 'segment_left')} WHERE s.batch_id = b.id AND {LEFT})"
             " OR EXISTS (SELECT 1 FROM chunk c JOIN segment s ON s.id = c.segment_id"
             "  WHERE c.state = 'ready' AND c.batch_id = b.id AND s.waiting = 0)) ORDER BY id"
         )
     )
     return [OpenBatch(*row) for row in rows]
+
+
+def _by(connection: Connection, index: str) -> str:
+    """SQLite has to be told the index: left to itself it may walk over all segments that are cut up already. The
+    planner of PostgreSQL knows how many those are."""
+    return f" INDEXED BY {index}" if connection.dialect.name == "sqlite" else ""
 
 
 def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Message | None:
@@ -151,13 +162,13 @@ def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Messag
 
 
 def _next_segment(connection: Connection, batch: OpenBatch, index: str, condition: str) -> Row | None:
-    """The batch's first segment of that condition, by its index. Left to itself SQLite may walk over all segments that
-    are cut up already; and with an inner join it may begin with the methods, and sort."""
+    """The batch's first segment of that condition, by its index. With an inner join SQLite may begin with the methods,
+    and sort."""
     return connection.execute(
         text(
             "SELECT s.id AS segment_id, s.start, s.stop, s.next, s.hint, s.seconds, s.group_size, s.label,"
             " m.name AS method, m.seconds AS method_seconds"
-            f" FROM segment s INDEXED BY {index} LEFT JOIN method_version m ON m.id = s.method_id"
+            f" FROM segment s{_by(connection, index)} LEFT JOIN method_version m ON m.id = s.method_id"
             f" WHERE s.batch_id = :b AND {condition} ORDER BY s.start LIMIT 1"
         ),
         {"b": batch.id},
@@ -200,6 +211,13 @@ def unpublish(connection: Connection, chunk_ids: Sequence[int]) -> None:
         connection.execute(
             text("UPDATE chunk SET state = 'ready' WHERE id = :id AND state = 'published'"), {"id": chunk_id}
         )
+
+
+def key_prefix(database: Database) -> str:
+    """What all keys of this lab in Redis begin with: labs may share one."""
+    with database.read() as connection:
+        number = connection.execute(text("SELECT value FROM lab WHERE name = 'id'")).scalar_one()
+    return f"netassay:{number:x}:"
 
 
 def incarnation(connection: Connection) -> int:

@@ -2,6 +2,9 @@
 
 A claim writes a token into the chunk and takes the chunk's unfinished jobs into `running`. Whatever the holder writes
 later carries the token; after a takeover it changes nothing.
+
+Workers write `beside` each other: none of these steps touches a chunk that another holds, a takeover and everything
+else that moves chunks excludes them all, and where two of them want one job, the primary key of `running` decides.
 """
 
 from __future__ import annotations
@@ -9,14 +12,16 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from netassay import faults
+from netassay.job import ENDS
 from netassay.store.database import Database
 from netassay.store.dispatching import LOSSES_SUSPECT, release
 from netassay.store.reset import make_ready
@@ -90,7 +95,7 @@ class Death:
 
 
 def sign_on(database: Database, name: str, host: str, pid: int, slots: int) -> int:
-    with database.write() as connection:
+    with database.write(beside=True) as connection:
         return connection.execute(
             text(
                 "INSERT INTO worker (name, host, pid, slots, state, started_at)"
@@ -114,7 +119,7 @@ def sign_off(database: Database, worker_id: int) -> None:
 
 
 def provenance_id(database: Database, digest: str, body: str) -> int:
-    with database.write() as connection:
+    with database.write(beside=True) as connection:
         connection.execute(
             text("INSERT INTO provenance (digest, body) VALUES (:digest, :body) ON CONFLICT DO NOTHING"),
             {"digest": digest, "body": body},
@@ -136,7 +141,7 @@ class Renewal:
 
 def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int]]) -> Renewal:
     """Show a sign of life, with the jobs that run now (chunk -> jobs), and look what has been asked of us."""
-    with database.write() as connection:
+    with database.write(beside=True) as connection:
         alive = connection.execute(
             text("UPDATE worker SET counter = counter + 1 WHERE id = :id AND state = 'alive'"), {"id": worker_id}
         ).rowcount
@@ -169,7 +174,7 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
     this worker was given up. The claim is the acknowledgement.
     """
     token = secrets.token_hex(8)
-    with database.write() as connection:
+    with database.write(beside=True) as connection:
         chunk = connection.execute(
             text(
                 "SELECT c.id, c.batch_id, c.segment_id, c.start, c.stop, c.state, c.serial, b.state AS batch_state,"
@@ -177,23 +182,19 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
                 " coalesce(s.seconds, m.seconds, s.hint) AS seconds, m.name, m.version"
                 " FROM chunk c JOIN batch b ON b.id = c.batch_id JOIN segment s ON s.id = c.segment_id"
                 " JOIN method_version m ON m.id = s.method_id WHERE c.id = :id"
+                + ("" if database.sqlite else " FOR UPDATE OF c")  # of two that claim it, one waits here for the other
             ),
             {"id": chunk_id},
         ).one_or_none()
         if chunk is None or chunk.state not in ("published", "ready"):
             return None
-        if chunk.serial is not None:
-            connection.execute(
-                text("UPDATE lab SET value = :serial WHERE name = 'claimed' AND value < :serial"),
-                {"serial": chunk.serial},
-            )
-        # A claim is a sign of life. But once a worker has been declared lost nobody watches it any more: what it took
-        # then would never be taken back.
+        # Once a worker has been declared lost nobody watches it any more: what it took then would never be taken back.
         alive = connection.execute(
-            text("UPDATE worker SET counter = counter + 1 WHERE id = :id AND state = 'alive'"), {"id": worker_id}
-        ).rowcount
+            text("SELECT 1 FROM worker WHERE id = :id AND state = 'alive'"), {"id": worker_id}
+        ).one_or_none()
         if chunk.batch_state != "open" or chunk.waiting or not alive:
             release(connection, chunk_id)
+            _arrived(connection, worker_id, chunk.serial)
             return None
         taken = connection.execute(
             text(
@@ -208,10 +209,19 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
             text(
                 "INSERT INTO running (job_id, chunk_id) SELECT m.job_id, :chunk FROM membership m"
                 " WHERE m.batch_id = :batch AND m.ordinal >= :start AND m.ordinal < :stop"
-                " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id) ON CONFLICT DO NOTHING"
+                # In an order that all share: two claims that want the same jobs must not wait for each other.
+                " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id) ORDER BY m.job_id"
+                " ON CONFLICT DO NOTHING"
             ),
             {"chunk": chunk_id, "batch": chunk.batch_id, "start": chunk.start, "stop": chunk.stop},
         )
+        if not database.sqlite:
+            # Another's record and the end of its hold on the job may have been committed after the look for records
+            # above and before the row went in. This statement sees them.
+            connection.execute(
+                text("DELETE FROM running u USING record r WHERE u.chunk_id = :chunk AND r.job_id = u.job_id"),
+                {"chunk": chunk_id},
+            )
         rows = connection.execute(
             text(
                 "SELECT j.id, j.params FROM membership m"
@@ -231,6 +241,7 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
             )
             rows = [row for row in rows if row.id in few]
         given = _given(connection, chunk.segment_id)
+        _arrived(connection, worker_id, chunk.serial)
     if deaths or few:
         alone = len(few) == 1
         tasks = [Task(job_id, params, deaths.get(job_id, 0), alone or job_id in deaths) for job_id, params in rows]
@@ -251,6 +262,16 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
         tasks=tasks,
         given=given,
     )
+
+
+def _arrived(connection: Connection, worker_id: int, serial: int | None) -> None:
+    """A claim is a sign of life; and what was published before this chunk and has not arrived is lost. Last in the
+    transaction: others wait for these rows."""
+    connection.execute(text("UPDATE worker SET counter = counter + 1 WHERE id = :id"), {"id": worker_id})
+    if serial is not None:
+        connection.execute(
+            text("UPDATE lab SET value = :serial WHERE name = 'claimed' AND value < :serial"), {"serial": serial}
+        )
 
 
 def _history(connection: Connection, chunk_id: int) -> tuple[dict[int, int], dict[int, int]]:
@@ -301,7 +322,7 @@ def report_death(database: Database, worker_id: int, claim: Claim, death: Death)
     Of a group each job gets the end of the log only: a thousand copies of all of it would be 64 MB.
     """
     log = death.log if len(death.job_ids) == 1 else death.log[-GROUP_LOG:]
-    with database.write() as connection:
+    with database.write(beside=True) as connection:
         _fence(connection, claim)
         connection.execute(
             text(
@@ -352,7 +373,7 @@ def _finish(
     seconds_a_job: float | None,
     singly: bool,
 ) -> None:
-    with database.write() as connection:
+    with database.write(beside=True) as connection:
         _fence(connection, claim)
         inputs = json.dumps(claim.given, sort_keys=True) if claim.given else None
         now = time.time()
@@ -404,16 +425,29 @@ def _settle(connection: Connection, claim: Claim) -> None:
     ).one()
     place = {"b": chunk.batch_id, "start": chunk.start, "stop": chunk.stop, "id": claim.chunk_id}
     within = "m.batch_id = :b AND m.ordinal >= :start AND m.ordinal < :stop"
-    counts = {"done": 0, "not_applicable": 0, "failed": 0}
-    counts |= dict(
+    found: dict[str, int] = dict(
         connection.execute(
             text(
-                "SELECT r.state, count(*) FROM membership m JOIN record r ON r.job_id = m.job_id"
-                f" WHERE {within} GROUP BY r.state"
+                "SELECT coalesce(r.state, ''), count(*) FROM membership m LEFT JOIN record r ON r.job_id = m.job_id"
+                f" WHERE {within} GROUP BY 1"
             ),
             place,
         ).all()
     )
+    rest: list[Row] = []
+    if found.get(""):
+        # All at one look: a job that another's commit ends between two would be neither counted nor given back.
+        looked = connection.execute(
+            text(
+                "SELECT m.ordinal, coalesce(r.state, '') AS state, u.job_id IS NOT NULL AS elsewhere FROM membership m"
+                " LEFT JOIN record r ON r.job_id = m.job_id LEFT JOIN running u ON u.job_id = m.job_id"
+                f" WHERE {within}"
+            ),
+            place,
+        ).all()
+        found = Counter(row.state for row in looked)
+        rest = [row for row in looked if not row.state]
+    counts = {state: found.get(state, 0) for state in ENDS}
     connection.execute(
         text(
             "UPDATE chunk SET state = 'finished', token = NULL, current = NULL, done = :done,"
@@ -421,16 +455,6 @@ def _settle(connection: Connection, claim: Claim) -> None:
         ),
         {**counts, **place},
     )
-    if sum(counts.values()) == chunk.stop - chunk.start:
-        return
-    rest = connection.execute(
-        text(
-            "SELECT m.ordinal, u.job_id IS NOT NULL AS elsewhere FROM membership m"
-            f" LEFT JOIN running u ON u.job_id = m.job_id WHERE {within}"
-            " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id)"
-        ),
-        place,
-    ).all()
     for elsewhere, state in ((False, "ready"), (True, "blocked")):
         ordinals = [row.ordinal for row in rest if bool(row.elsewhere) is elsewhere]
         if ordinals:

@@ -7,20 +7,22 @@ state `arriving`, which is never dispatched.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
 from netassay import faults
 from netassay.job import BUILDER, DETERMINISTIC
 from netassay.method import time_limit
-from netassay.store.database import Database, Outage, StoreError, slices
+from netassay.store.database import PATIENCE, Database, Outage, StoreError, slices
 from netassay.store.reset import forget_records, make_ready
 
 
@@ -47,8 +49,8 @@ class NameTaken(StoreError):
 
 @dataclass(frozen=True)
 class Submitted:
-    """What a submission did. already: the very same batch was there; new: jobs not known to the store before;
-    rerun: known jobs whose failure (time, memory, crash, ...) is worth another try."""
+    """What a submission did. size: of the batch; new: jobs not known to the store before; rerun: known jobs that get
+    a new start; already: the batch had all these jobs; appended: jobs added to a batch that was there."""
 
     batch_id: int
     name: str
@@ -58,13 +60,31 @@ class Submitted:
     rerun: int = 0
     already: bool = False
     reopened: bool = False
+    appended: int = 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A batch as it was seen; while size and digest are the same, so are its jobs."""
+
+    id: int
+    size: int
+    digest: bytes
+
+
+class _Changed(Exception):
+    """Another submission opened or extended the batch of this name meanwhile: look again."""
 
 
 def digest_of(segments: Sequence[Segment]) -> bytes:
     """Digest of a batch's ordered keys."""
+    return _digest(segment.keys for segment in segments)
+
+
+def _digest(*parts: Iterable[Sequence[bytes]]) -> bytes:
     hasher = hashlib.blake2b(digest_size=16)
-    for segment in segments:
-        hasher.update(b"".join(segment.keys))
+    for keys in itertools.chain(*parts):
+        hasher.update(b"".join(keys))
     return hasher.digest()
 
 
@@ -75,112 +95,286 @@ def submit(
     names: Mapping[str, str],
     weight: float = 1.0,
     progress: Callable[[float], None] = lambda share: None,
+    note: str = "",
+    append: bool = False,
+    fresh: bool = False,
 ) -> Submitted:
     """Add a batch durably: when this returns, neither a killed process nor a power cut loses a job.
 
-    The same name with the same jobs adds nothing (a cancelled batch is opened again); with other jobs it raises
-    NameTaken.
+    The same name with the same jobs adds nothing (a cancelled batch is opened again). With other jobs it raises
+    NameTaken, unless `append`: then those the batch does not hold are put behind its own; its weight stays, and a note
+    replaces its note. `fresh`: jobs whose outcome is known run again, in every batch that holds them.
     """
-    digest = digest_of(segments)
-    size = sum(len(segment.keys) for segment in segments)
-    with database.read() as connection:
-        found = _rival(connection, name, digest)
-    if found:
-        return _again(database, found, name, size)
-    batch_id = _arrive(database, name, digest, weight, size)
-    arrival = _Arrival(database, segments, progress)
-    try:
-        ids = arrival.write_jobs()
-        rerun = _forget_retryable(database, sorted(arrival.known))
-        _write_memberships(database, batch_id, ids, progress)
-        rows, needs = _segment_rows(batch_id, segments, ids, arrival.methods)
-        faults.reach("submit.arriving")
-        with database.write(durable=True) as connection:
-            found = _rival(connection, name, digest)
-            if not found:
-                _write_segments(database, connection, rows, needs)
-                database.insert(
-                    connection,
-                    "reference_name",
-                    ("batch_id", "reference", "name"),
-                    [(batch_id, reference, called) for reference, called in names.items()],
-                )
-                if arrival.known:
-                    _count_ended(connection, batch_id)
+    while True:
+        found = database.persist(PATIENCE, lambda: _named(database, name))
+        if found is not None and found.digest == digest_of(segments):
+            return _again(database, found, name, fresh)
+        if found is not None and not append:
+            raise _taken(name, found)
+        try:
+            if found is None:
+                return _submit(_Order(database, name, segments, names, weight, note, fresh, progress))
+            return _append(_Order(database, name, segments, names, weight, note, fresh, progress), found)
+        except _Changed:
+            continue
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for."""
+
+    database: Database
+    name: str
+    segments: Sequence[Segment]
+    names: Mapping[str, str]
+    weight: float
+    note: str
+    fresh: bool
+    progress: Callable[[float], None]
+
+
+def _submit(order: _Order) -> Submitted:
+    """A batch of its own. Raises _Changed where another opened under its name first."""
+    digest = digest_of(order.segments)
+    with _arriving(order, order.segments, digest) as arrival:
+
+        def open_it(connection: Connection) -> None:
+            rival = _seen(connection, order.name)
+            if (
+                rival is not None and rival.id != arrival.batch_id
+            ):  # its own: done at a first try, whose answer got lost
+                raise _Changed
+            if rival is None:
+                arrival.place(connection, arrival.batch_id)
                 opened = connection.execute(
-                    text("UPDATE batch SET state = 'open' WHERE id = :id AND length(digest) > 0"), {"id": batch_id}
+                    text("UPDATE batch SET state = 'open' WHERE id = :id AND size >= 0"), {"id": arrival.batch_id}
                 ).rowcount
                 if not opened:
-                    raise StoreError("this submission stood still so long that it was taken for dead; submit it again")
+                    raise _dead()
+
+        order.database.transact(open_it, durable=True)
+    faults.reach("submit.opened")
+    size = len(arrival.ids)
+    known = len(arrival.known)
+    return Submitted(arrival.batch_id, order.name, size, new=size - known, known=known, rerun=arrival.rerun)
+
+
+def _append(order: _Order, found: _Found) -> Submitted:
+    """Jobs behind those of a batch. Raises _Changed where it is no longer as it was found."""
+    there, kept = _keys_of(order.database, found.id), []
+    holds = set(there)
+    for segment in order.segments:
+        fresh = [place for place, key in enumerate(segment.keys) if key not in holds]
+        if fresh:
+            kept.append(_part(segment, fresh) if len(fresh) < len(segment.keys) else segment)
+    if not kept:
+        return _again(order.database, found, order.name, order.fresh, order.segments)
+    digest = _digest([there], (segment.keys for segment in kept))
+    with _arriving(order, kept, digest, base=found.size) as arrival:
+
+        def join(connection: Connection) -> None:
+            now = _seen(connection, order.name)
+            if now == _Found(found.id, arrival.base + len(arrival.ids), digest):
+                return  # done at a first try, whose answer got lost
+            if now != found:
+                raise _Changed
+            here = connection.execute(
+                text("SELECT 1 FROM batch WHERE id = :id AND size >= 0"), {"id": arrival.batch_id}
+            ).one_or_none()
+            if here is None:
+                raise _dead()
+            connection.execute(
+                text("UPDATE membership SET batch_id = :to WHERE batch_id = :id"),
+                {"to": found.id, "id": arrival.batch_id},
+            )
+            arrival.place(connection, found.id)
+            connection.execute(text("DELETE FROM batch WHERE id = :id"), {"id": arrival.batch_id})
+            connection.execute(
+                text(
+                    "UPDATE batch SET size = :size, digest = :digest, note = CASE WHEN :note = '' THEN note ELSE :note"
+                    " END, state = CASE WHEN state IN ('finished', 'cancelled') THEN 'open' ELSE state END"
+                    " WHERE id = :id"
+                ),
+                {"id": found.id, "size": arrival.base + len(arrival.ids), "digest": digest, "note": order.note},
+            )
+
+        order.database.transact(join, durable=True)
+    faults.reach("submit.opened")
+    added, known = len(arrival.ids), len(arrival.known)
+    return Submitted(
+        found.id, order.name, found.size + added, new=added - known, known=known, rerun=arrival.rerun, appended=added
+    )
+
+
+def _part(segment: Segment, places: Sequence[int]) -> Segment:
+    """The segment with the jobs at these places only."""
+    result = copy.copy(segment)
+    result.keys = [segment.keys[place] for place in places]
+    result.params = [segment.params[place] for place in places]
+    return result
+
+
+def _keys_of(database: Database, batch_id: int) -> list[bytes]:
+    """Keys of a batch's jobs in their order."""
+    with database.read() as connection:
+        rows = connection.execution_options(stream_results=True).execute(
+            text(
+                "SELECT j.key FROM membership m JOIN job j ON j.id = m.job_id WHERE m.batch_id = :id ORDER BY m.ordinal"
+            ),
+            {"id": batch_id},
+        )
+        return [bytes(key) for key in rows.scalars()]
+
+
+def _named(database: Database, name: str) -> _Found | None:
+    with database.read() as connection:
+        return _seen(connection, name)
+
+
+def _seen(connection: Connection, name: str) -> _Found | None:
+    row = connection.execute(
+        text("SELECT id, size, digest FROM batch WHERE name = :name AND state <> 'arriving'"), {"name": name}
+    ).one_or_none()
+    return None if row is None else _Found(row.id, row.size, bytes(row.digest))
+
+
+def _taken(name: str, found: _Found) -> NameTaken:
+    return NameTaken(
+        f"a batch called {name!r} exists and holds other jobs ({found.size:,}); submit under another --name, or with "
+        "--append to put those it does not hold behind its own"
+    )
+
+
+def _dead() -> StoreError:
+    return StoreError("this submission stood still so long that it was taken for dead; submit it again")
+
+
+def _again(
+    database: Database, found: _Found, name: str, fresh: bool, segments: Sequence[Segment] | None = None
+) -> Submitted:
+    """The batch has all these jobs (of these segments, else just these): open it again if it was cancelled."""
+    rerun = 0
+    if fresh:
+        wanted = [key for segment in segments for key in segment.keys] if segments is not None else None
+        rerun = _forget(database, _ids_in(database, found.id, wanted), kept=())
+
+    def reopen(connection: Connection) -> int:
+        return connection.execute(
+            text("UPDATE batch SET state = 'open', reason = '' WHERE id = :id AND state = 'cancelled'"),
+            {"id": found.id},
+        ).rowcount
+
+    reopened = database.transact(reopen, durable=True)
+    return Submitted(
+        found.id, name, found.size, new=0, known=found.size, rerun=rerun, already=True, reopened=bool(reopened)
+    )
+
+
+def _ids_in(database: Database, batch_id: int, keys: Sequence[bytes] | None) -> list[int]:
+    """Ids of a batch's jobs, of those with these keys if given, sorted."""
+    with database.read() as connection:
+        if keys is None:
+            held = connection.execute(text("SELECT job_id FROM membership WHERE batch_id = :id"), {"id": batch_id})
+            return sorted(held.scalars())
+        return sorted(job_id for piece in slices(keys) for job_id in _ids_of(database, connection, piece).values())
+
+
+@contextlib.contextmanager
+def _arriving(order: _Order, segments: Sequence[Segment], digest: bytes, base: int = 0) -> Iterator[_Arrival]:
+    """A batch with its jobs and memberships written, open to nobody yet; discarded where the block raises."""
+    database = order.database
+    batch_id = database.persist(PATIENCE, lambda: _arrive(order, digest, sum(len(s.keys) for s in segments)))
+    try:
+        arrival = _Arrival(database, segments, order.progress, batch_id, base, order.names)
+        arrival.builders = _built_elsewhere(order, segments)
+        arrival.write_jobs()
+        kept = () if order.fresh else tuple(sorted(DETERMINISTIC))
+        arrival.rerun = _forget(database, sorted(arrival.known), kept, done=order.fresh)
+        arrival.write_memberships()
+        faults.reach("submit.arriving")
+        yield arrival
     except BaseException:
         # Ctrl-C too. Where the store is out, `discard_abandoned` finds the batch later; one that did open stays.
         with contextlib.suppress(*Outage):
             discard(database, batch_id)
         raise
-    if found:
-        discard(database, batch_id)
-        return _again(database, found, name, size)
-    faults.reach("submit.opened")
-    return Submitted(batch_id, name, size, new=size - len(arrival.known), known=len(arrival.known), rerun=rerun)
 
 
-def _rival(connection: Connection, name: str, digest: bytes) -> int | None:
-    """Id of the batch of this name and these jobs. Raises NameTaken where its jobs are others."""
-    row = connection.execute(
-        text("SELECT id, digest, size FROM batch WHERE name = :name AND state <> 'arriving'"), {"name": name}
-    ).one_or_none()
-    if row is None:
-        return None
-    if bytes(row.digest) != digest:
-        raise NameTaken(
-            f"a batch called {name!r} exists and holds other jobs ({row.size:,}); submit under another --name"
-        )
-    return row.id
+def _built_elsewhere(order: _Order, segments: Sequence[Segment]) -> dict[str, int]:
+    """Recipe -> job that builds it, for builders that are asked for but not among what is written now."""
+    here = {key for segment in segments if segment.method == BUILDER for key in segment.keys}
+    keys = {
+        key: recipe_of(params)
+        for segment in order.segments
+        if segment.method == BUILDER
+        for key, params in zip(segment.keys, segment.params, strict=True)
+        if key not in here
+    }
+    if not keys:
+        return {}
+    with order.database.read() as connection:
+        return {
+            keys[key]: job_id
+            for piece in slices(list(keys))
+            for key, job_id in _ids_of(order.database, connection, piece).items()
+        }
 
 
-def _again(database: Database, batch_id: int, name: str, size: int) -> Submitted:
-    with database.write(durable=True) as connection:
-        reopened = connection.execute(
-            text("UPDATE batch SET state = 'open', reason = '' WHERE id = :id AND state = 'cancelled'"),
-            {"id": batch_id},
-        ).rowcount
-    return Submitted(batch_id, name, size, new=0, known=size, already=True, reopened=bool(reopened))
-
-
-def _arrive(database: Database, name: str, digest: bytes, weight: float, size: int) -> int:
-    with database.write() as connection:
+def _arrive(order: _Order, digest: bytes, size: int) -> int:
+    with order.database.write(beside=True) as connection:
         return connection.execute(
             text(
-                "INSERT INTO batch (name, digest, state, weight, size, submitted_at)"
-                " VALUES (:name, :digest, 'arriving', :weight, :size, :now) RETURNING id"
+                "INSERT INTO batch (name, digest, state, weight, size, submitted_at, note)"
+                " VALUES (:name, :digest, 'arriving', :weight, :size, :now, :note) RETURNING id"
             ),
-            {"name": name, "digest": digest, "weight": weight, "size": size, "now": time.time()},
-        ).scalar_one()
+            {"name": order.name, "digest": digest, "weight": order.weight, "size": size, "now": time.time(),
+             "note": order.note},
+        ).scalar_one()  # fmt: skip
 
 
 @dataclass
 class _Arrival:
-    """The jobs of one submission on their way into the tables, in submission order."""
+    """The jobs of one submission on their way into the tables, in submission order.
+
+    base: ordinal of the first. ids: of the jobs; known: those the store had before. builders: recipe -> job that builds
+    it, where that is not one of them.
+
+    Other submissions, and workers, write at the same time: nothing here is looked at by them before the batch is open,
+    but for `job_key`, into which all write in the order of the keys.
+    """
 
     database: Database
     segments: Sequence[Segment]
     progress: Callable[[float], None]
+    batch_id: int
+    base: int
+    names: Mapping[str, str]
+    ids: list[int] = field(default_factory=list)
     known: set[int] = field(default_factory=set)
     methods: dict[tuple[str, int], int] = field(default_factory=dict)
+    builders: dict[str, int] = field(default_factory=dict)
+    rerun: int = 0
 
-    def write_jobs(self) -> list[int]:
-        """Ids of the jobs in order: those the store knew (collected in `known`), and new ones."""
+    def write_jobs(self) -> None:
+        """Give each job its id: that of the store where it knows the key, else a new one with its rows."""
         keys = [key for segment in self.segments for key in segment.keys]
         order = sorted(range(len(keys)), key=keys.__getitem__)
-        ids: list[int] = [0] * len(keys)
-        self._find(keys, order, ids)
+        self.ids = [0] * len(keys)
+        self.database.persist(PATIENCE, lambda: self._find(keys, order))
         self.progress(0.1)
-        self._allot(ids)
-        self._insert_jobs(ids)
-        self._insert_keys(keys, order, ids)
-        return ids
+        self._allot()
+        self._insert_jobs()
+        self._insert_keys(keys, order)
 
-    def _find(self, keys: list[bytes], order: list[int], ids: list[int]) -> None:
+    def _insert(self, table: str, columns: Sequence[str], rows: list[tuple], ignore: bool = False) -> int:
+        """Rows in a transaction of their own. At a second try, after an outage, some may be there already."""
+        tries = itertools.count()
+        return self.database.transact(
+            lambda connection: self.database.insert(connection, table, columns, rows, ignore or next(tries) > 0),
+            beside=True,
+        )
+
+    def _find(self, keys: list[bytes], order: list[int]) -> None:
         with self.database.read() as connection:
             if connection.execute(text("SELECT 1 FROM job_key LIMIT 1")).one_or_none() is None:
                 return
@@ -189,57 +383,112 @@ class _Arrival:
                 if found:
                     for place in piece:
                         if known := found.get(keys[place]):
-                            ids[place] = known
+                            self.ids[place] = known
                             self.known.add(known)
 
-    def _allot(self, ids: list[int]) -> None:
-        new = ids.count(0)
-        with self.database.write() as connection:
-            last = connection.execute(
+    def _allot(self) -> None:
+        new = self.ids.count(0)
+
+        def take(connection: Connection) -> int:
+            return connection.execute(
                 text("UPDATE lab SET value = value + :n WHERE name = 'next_job' RETURNING value"), {"n": new}
             ).scalar_one()
-        following = last - new
-        for place, known in enumerate(ids):
+
+        following = self.database.transact(take, beside=True) - new
+        for place, known in enumerate(self.ids):
             if not known:
-                ids[place] = following
+                self.ids[place] = following
                 following += 1
 
-    def _insert_jobs(self, ids: list[int]) -> None:
-        methods = self.methods = _method_ids(self.database, self.segments)
+    def _insert_jobs(self) -> None:
+        self.methods = self.database.transact(lambda connection: _method_ids(connection, self.segments), beside=True)
         jobs = (
-            (key, methods[segment.method, segment.version], params)
+            (key, self.methods[segment.method, segment.version], params)
             for segment in self.segments
             for key, params in zip(segment.keys, segment.params, strict=True)
         )
-        for start in range(0, len(ids), 10_000):
-            piece = zip(ids[start : start + 10_000], itertools.islice(jobs, 10_000), strict=True)
+        for start in range(0, len(self.ids), 10_000):
+            piece = zip(self.ids[start : start + 10_000], itertools.islice(jobs, 10_000), strict=True)
             rows = [(job_id, *job) for job_id, job in piece if job_id not in self.known]
-            with self.database.write() as connection:
-                self.database.insert(connection, "job", ("id", "key", "method_id", "params"), rows)
-            self.progress(0.1 + 0.4 * start / len(ids))
+            self._insert("job", ("id", "key", "method_id", "params"), rows)
+            self.progress(0.1 + 0.4 * start / len(self.ids))
 
-    def _insert_keys(self, keys: list[bytes], order: list[int], ids: list[int]) -> None:
+    def _insert_keys(self, keys: list[bytes], order: list[int]) -> None:
         """Keys of the new jobs; where a rival submission was faster, its job is used and ours deleted."""
-        new = [place for place in order if ids[place] not in self.known]
+        new = [place for place in order if self.ids[place] not in self.known]
         for piece in slices(new):
-            rows = [(keys[place], ids[place]) for place in piece]
-            with self.database.write() as connection:
-                if self.database.insert(connection, "job_key", ("key", "job_id"), rows, ignore=True) == len(rows):
-                    continue
-                found = _ids_of(self.database, connection, [keys[place] for place in piece])
-                lost = [place for place in piece if found[keys[place]] != ids[place]]
-                for place in lost:
-                    connection.execute(text("DELETE FROM job WHERE id = :id"), {"id": ids[place]})
+            rows = [(keys[place], self.ids[place]) for place in piece]
+            if self._insert("job_key", ("key", "job_id"), rows, ignore=True) == len(rows):
+                continue
+            found = self.database.persist(PATIENCE, functools.partial(self._look_up, keys, piece))
+            lost = [place for place in piece if found[keys[place]] != self.ids[place]]
+            self.database.transact(
+                functools.partial(_delete_jobs, jobs=[self.ids[place] for place in lost]), beside=True
+            )
             for place in lost:
-                ids[place] = found[keys[place]]
-                self.known.add(ids[place])
+                self.ids[place] = found[keys[place]]
+                self.known.add(self.ids[place])
         self.progress(0.75)
+
+    def _look_up(self, keys: list[bytes], places: Sequence[int]) -> dict[bytes, int]:
+        with self.database.read() as connection:
+            return _ids_of(self.database, connection, [keys[place] for place in places])
+
+    def write_memberships(self) -> None:
+        for start in range(0, len(self.ids), 10_000):
+            piece = self.ids[start : start + 10_000]
+            rows = [(self.batch_id, self.base + start + place, job_id) for place, job_id in enumerate(piece)]
+            self._insert("membership", ("batch_id", "ordinal", "job_id"), rows)
+            self.progress(0.75 + 0.25 * start / len(self.ids))
+
+    def place(self, connection: Connection, batch_id: int) -> None:
+        """Within the transaction that opens it: segments, names, and the counts of what has ended already."""
+        rows, needs = self._segment_rows(batch_id)
+        _write_segments(self.database, connection, rows, needs)
+        self.database.insert(
+            connection,
+            "reference_name",
+            ("batch_id", "reference", "name"),
+            [(batch_id, reference, called) for reference, called in self.names.items()],
+            ignore=True,  # of a batch that is appended to the first name stays
+        )
+        if self.known:
+            _count_ended(connection, batch_id, self.base)
+
+    def _segment_rows(self, batch_id: int) -> tuple[list[tuple], list[list[tuple[str, int]]]]:
+        """Rows of the segments, and of each the (recipe, job that builds it) it needs."""
+        rows, needs, start = [], [], self.base
+        builders = dict(self.builders)
+        for segment in self.segments:
+            stop = start + len(segment.keys)
+            wanted = [(recipe, builders[recipe]) for recipe in segment.recipes]
+            for offset, params in enumerate(segment.params if segment.method == BUILDER else ()):
+                builders[recipe_of(params)] = self.ids[start - self.base + offset]
+            rows.append(
+                (
+                    batch_id, start, stop, start, self.methods[segment.method, segment.version], segment.group,
+                    segment.seconds, segment.time_limit or time_limit(segment.seconds),
+                    segment.memory_limit or segment.memory, segment.group_size, " ".join(segment.libraries),
+                    int(bool(wanted)),
+                )
+            )  # fmt: skip
+            needs.append(wanted)
+            start = stop
+        return rows, needs
+
+
+def _delete_jobs(connection: Connection, jobs: Sequence[int]) -> None:
+    if jobs:
+        connection.execute(text(f"DELETE FROM job WHERE id IN ({', '.join(map(str, jobs))})"))
 
 
 def _ids_of(database: Database, connection: Connection, keys: Sequence[bytes]) -> dict[bytes, int]:
-    mark = "?" if database.sqlite else "%s"
-    statement = f"SELECT key, job_id FROM job_key WHERE key IN ({','.join([mark] * len(keys))})"
-    return {bytes(key): job_id for key, job_id in connection.exec_driver_sql(statement, tuple(keys))}
+    if database.sqlite:
+        statement = f"SELECT key, job_id FROM job_key WHERE key IN ({','.join('?' * len(keys))})"
+        found = connection.exec_driver_sql(statement, tuple(keys))
+    else:
+        found = connection.exec_driver_sql("SELECT key, job_id FROM job_key WHERE key = ANY(%s)", (list(keys),))
+    return {bytes(key): job_id for key, job_id in found}
 
 
 def method_id_of(connection: Connection, name: str, version: int) -> int:
@@ -253,64 +502,30 @@ def method_id_of(connection: Connection, name: str, version: int) -> int:
     ).scalar_one()
 
 
-def _method_ids(database: Database, segments: Sequence[Segment]) -> dict[tuple[str, int], int]:
-    """Rows of all method versions that these segments are of."""
-    with database.write() as connection:
-        return {
-            (name, version): method_id_of(connection, name, version)
-            for name, version in dict.fromkeys((segment.method, segment.version) for segment in segments)
-        }
+def _method_ids(connection: Connection, segments: Sequence[Segment]) -> dict[tuple[str, int], int]:
+    """Rows of all method versions that these segments are of, in an order that two submissions share."""
+    return {
+        (name, version): method_id_of(connection, name, version)
+        for name, version in sorted({(segment.method, segment.version) for segment in segments})
+    }
 
 
-def _forget_retryable(database: Database, known: list[int]) -> int:
-    """A new submission runs again what failed for reasons that may pass."""
-    if not known:
-        return 0
+def _forget(database: Database, known: list[int], kept: Sequence[str], done: bool = True) -> int:
+    """Give known jobs a new start: those that failed, but for these causes; `done`: also those that did not fail."""
     forgotten = 0
-    kept = ", ".join(f"'{cause}'" for cause in sorted(DETERMINISTIC))
+    excepted = ", ".join(f"'{cause}'" for cause in ("", *kept))
+    wanted = "1 = 1" if done else f"state = 'failed' AND cause NOT IN ({excepted})"
     for piece in slices(known, 5_000):
-        places = ", ".join(map(str, piece))
-        with database.write() as connection:
-            failed = connection.execute(
-                text(
-                    f"SELECT job_id FROM record WHERE state = 'failed' AND cause NOT IN ({kept})"
-                    f" AND job_id IN ({places})"
-                )
-            ).scalars()
-            forgotten += forget_records(connection, list(failed))
+        query = text(f"SELECT job_id FROM record WHERE {wanted} AND job_id IN ({', '.join(map(str, piece))})")
+
+        def find(query: TextClause = query) -> list[int]:
+            with database.read() as connection:
+                return list(connection.execute(query).scalars())
+
+        # Mostly there is none: to look needs no turn at the store.
+        if ended := database.persist(PATIENCE, find):
+            forgotten += database.transact(functools.partial(forget_records, jobs=ended))
     return forgotten
-
-
-def _write_memberships(database: Database, batch_id: int, ids: list[int], progress: Callable[[float], None]) -> None:
-    for start in range(0, len(ids), 10_000):
-        rows = [(batch_id, start + place, job_id) for place, job_id in enumerate(ids[start : start + 10_000])]
-        with database.write() as connection:
-            database.insert(connection, "membership", ("batch_id", "ordinal", "job_id"), rows)
-        progress(0.75 + 0.25 * start / len(ids))
-
-
-def _segment_rows(
-    batch_id: int, segments: Sequence[Segment], ids: list[int], methods: Mapping[tuple[str, int], int]
-) -> tuple[list[tuple], list[list[tuple[str, int]]]]:
-    """Rows of the segments, and of each the (recipe, job that builds it) it needs."""
-    rows, needs, start = [], [], 0
-    builders: dict[str, int] = {}
-    for segment in segments:
-        stop = start + len(segment.keys)
-        wanted = [(recipe, builders[recipe]) for recipe in segment.recipes]
-        for offset, params in enumerate(segment.params if segment.method == BUILDER else ()):
-            builders[recipe_of(params)] = ids[start + offset]
-        rows.append(
-            (
-                batch_id, start, stop, start, methods[segment.method, segment.version], segment.group, segment.seconds,
-                segment.time_limit or time_limit(segment.seconds),
-                segment.memory_limit or segment.memory, segment.group_size, " ".join(segment.libraries),
-                int(bool(wanted)),
-            )
-        )  # fmt: skip
-        needs.append(wanted)
-        start = stop
-    return rows, needs
 
 
 def recipe_of(params: str) -> str:
@@ -328,7 +543,8 @@ def _write_segments(
     database.insert(connection, "segment", columns, rows)
     if any(needs):
         found = connection.execute(
-            text("SELECT id FROM segment WHERE batch_id = :id ORDER BY start"), {"id": rows[0][0]}
+            text("SELECT id FROM segment WHERE batch_id = :id AND start >= :start ORDER BY start"),
+            {"id": rows[0][0], "start": rows[0][1]},
         ).scalars()
         database.insert(
             connection,
@@ -342,10 +558,11 @@ def _write_segments(
 MOST_RUNS = 50
 
 
-def _count_ended(connection: Connection, batch_id: int) -> None:
-    """Jobs that ended in earlier batches are counted here and now, not sent around to be found done."""
+def _count_ended(connection: Connection, batch_id: int, base: int) -> None:
+    """Jobs from `base` on that ended in earlier batches are counted here and now, not sent around to be found done."""
     segments = connection.execute(
-        text("SELECT id, start, stop FROM segment WHERE batch_id = :id ORDER BY start"), {"id": batch_id}
+        text("SELECT id, start, stop FROM segment WHERE batch_id = :id AND start >= :base ORDER BY start"),
+        {"id": batch_id, "base": base},
     ).all()
     for segment in segments:
         place = {"b": batch_id, "s": segment.id, "start": segment.start, "stop": segment.stop}
@@ -386,27 +603,28 @@ def _count_ended(connection: Connection, batch_id: int) -> None:
 
 def discard(database: Database, batch_id: int) -> None:
     """Remove a batch that never opened; its jobs stay, for whoever asks for them next."""
-    # The batch row goes last: whoever dies on the way leaves something that is found and removed. Without its
-    # digest a batch cannot open: its submission may be slow rather than dead, and must not open what is half removed.
-    deleted = True
-    while deleted:
-        with database.write() as connection:
-            arriving = connection.execute(
-                text("UPDATE batch SET digest = x'' WHERE id = :id AND state = 'arriving'"), {"id": batch_id}
-            ).rowcount
-            if not arriving:
-                return
-            deleted = bool(
-                connection.execute(
-                    text(
-                        "DELETE FROM membership WHERE batch_id = :id AND ordinal IN"
-                        " (SELECT ordinal FROM membership WHERE batch_id = :id LIMIT 10000)"
-                    ),
-                    {"id": batch_id},
-                ).rowcount
-            )
-            if not deleted:
-                connection.execute(text("DELETE FROM batch WHERE id = :id"), {"id": batch_id})
+
+    # The batch row goes last: whoever dies on the way leaves something that is found and removed. With a negative size
+    # a batch cannot open: its submission may be slow rather than dead, and must not open what is half removed.
+    def some(connection: Connection) -> bool:
+        arriving = connection.execute(
+            text("UPDATE batch SET size = -1 WHERE id = :id AND state = 'arriving'"), {"id": batch_id}
+        ).rowcount
+        if not arriving:
+            return False
+        deleted = connection.execute(
+            text(
+                "DELETE FROM membership WHERE batch_id = :id AND ordinal IN"
+                " (SELECT ordinal FROM membership WHERE batch_id = :id LIMIT 10000)"
+            ),
+            {"id": batch_id},
+        ).rowcount
+        if not deleted:
+            connection.execute(text("DELETE FROM batch WHERE id = :id"), {"id": batch_id})
+        return bool(deleted)
+
+    while database.transact(some):
+        pass
 
 
 #: A submission of a million jobs takes half a minute; one that has been arriving for so long has died on the way.

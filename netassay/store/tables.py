@@ -17,6 +17,8 @@ a batch's counters are the sum over its chunks.
 
 from __future__ import annotations
 
+import secrets
+
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -35,12 +37,18 @@ from sqlalchemy import (
 metadata = MetaData()
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
+
+def _partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
+
+
 lab = Table(
     "lab",
     metadata,
     Column("name", Text, primary_key=True),
     Column("value", BigInteger, nullable=False),
-    comment="counters: next_job (first free job id), published, claimed (publication serials), incarnation (of Redis)",
+    comment="id (of the lab, at random), incarnation (of Redis); counters: next_job (first free job id), published,"
+    " claimed (publication serials)",
 )
 
 method_version = Table(
@@ -83,14 +91,9 @@ batch = Table(
     Column("weight", Float, nullable=False, server_default="1"),
     Column("size", Integer, nullable=False),
     Column("submitted_at", Float, nullable=False, comment="seconds since 1970"),
+    Column("note", Text, nullable=False, server_default="", comment="whatever its submitter wants remembered"),
     # One name, one batch; while arriving, rival submissions of one name may coexist and the first to open wins.
-    Index(
-        "batch_name",
-        "name",
-        unique=True,
-        sqlite_where=text("state <> 'arriving'"),
-        postgresql_where=text("state <> 'arriving'"),
-    ),
+    _partial("batch_name", "name", where="state <> 'arriving'", unique=True),
     sqlite_autoincrement=True,
 )
 
@@ -114,9 +117,9 @@ segment = Table(
     Index("segment_batch", "batch_id", "start"),
     # A batch may have a segment a job (one network each): what comes next must not be looked for among all of them.
     # Queries use these only where they repeat the very words of the condition.
-    Index("segment_fresh", "batch_id", "start", sqlite_where=text("waiting = 0 AND next = start")),
-    Index("segment_left", "batch_id", "start", sqlite_where=text("waiting = 0 AND next < stop")),
-    Index("segment_waiting", "id", sqlite_where=text("waiting = 1")),
+    _partial("segment_fresh", "batch_id", "start", where="waiting = 0 AND next = start"),
+    _partial("segment_left", "batch_id", "start", where="waiting = 0 AND next < stop"),
+    _partial("segment_waiting", "id", where="waiting = 1"),
 )
 
 need = Table(
@@ -242,5 +245,6 @@ provenance = Table(
 def create(connection: Connection) -> None:
     """All tables, empty, and the counters at their start."""
     metadata.create_all(connection)
-    for name, value in (("next_job", 1), ("published", 0), ("claimed", 0), ("incarnation", 0)):
+    counters = {"next_job": 1, "published": 0, "claimed": 0, "incarnation": 0, "id": secrets.randbits(48)}
+    for name, value in counters.items():
         connection.execute(lab.insert(), {"name": name, "value": value})
