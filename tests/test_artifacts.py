@@ -89,3 +89,46 @@ def test_using_is_undone_behind_its_block(tmp_path: Path) -> None:
         assert store.current() is b
         assert a is not b
     assert store.current().folder == outside
+
+
+def test_a_folder_needs_no_library_of_remote_files_and_has_no_cache(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom netassay.settings import settings\nfrom netassay.store import artifacts\n"
+        "kept = artifacts.of(settings())\nkept.put(b'abc')\n"
+        "assert kept.fetch(['onnx:' + '0' * 64]) == {} and kept.share('onnx:' + '0' * 64) is None\n"
+        "print(kept.folder, kept, 'fsspec' in sys.modules)"
+    )
+    for given in (str(tmp_path / "folder"), f"file://{tmp_path}/folder"):
+        environment = {**os.environ, "NETASSAY_ARTIFACTS": given, "NETASSAY_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.split() == [str(tmp_path / "folder")] * 2 + ["False"], done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_listing_tells_size_and_age_and_removing_removes(artifacts: Artifacts) -> None:
+    digests = {artifacts.put(b"a" * size): size for size in (0, 3, 70)}
+    (artifacts.folder / "notes").mkdir()
+    (artifacts.folder / "notes" / "of somebody").touch()
+    (artifacts.folder / ".arriving-x").touch()
+    assert {kept.digest: kept.bytes for kept in artifacts.list()} == digests
+    gone, *left = digests
+    assert artifacts.size(gone) == 0
+    artifacts.remove(f"onnx:{gone}")
+    artifacts.remove(gone)
+    assert sorted(kept.digest for kept in artifacts.list()) == sorted(left)
+    with pytest.raises(MissingArtifact):
+        artifacts.size(gone)
+    assert list(Artifacts(artifacts.folder / "none").list()) == []
+
+
+def test_what_is_kept_again_is_young_again(artifacts: Artifacts, tmp_path: Path) -> None:
+    """Whoever cleans up by age must not take what a submission has just relied on."""
+    (tmp_path / "copy").write_bytes(b"abc")
+    path = artifacts.path(artifacts.put(b"abc"))
+    for keep in (lambda: artifacts.put(b"abc"), lambda: artifacts.put_file(tmp_path / "copy")):
+        os.utime(path, (1e9, 1e9))
+        keep()
+        (kept,) = artifacts.list()
+        assert kept.modified > 1.7e9

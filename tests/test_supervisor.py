@@ -30,7 +30,7 @@ from netassay.methods.diagnostics import _side_log
 from netassay.settings import Settings
 from netassay.store import artifacts, dispatching, reading, running
 from netassay.store.database import Database
-from producer import submit as submission
+from producer import submission
 from worker import limits, supervisor
 from worker.compute import LOG_BYTES, Child, ChildDied
 from worker.supervisor import Supervisor
@@ -41,9 +41,9 @@ USER_METHODS = Path(__file__).parent / "user_methods"
 class Bench:
     """A worker of one slot on a store of its own, fed by hand."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, **settings: Any) -> None:
         self.home = home
-        self.config = Settings(home=home, memory=500_000_000)
+        self.config = Settings(home=home, memory=500_000_000, **settings)
         self.database = Database(self.config.store_url)
         self.supervisor = Supervisor(self.config, slots=1)
         self.supervisor.start()
@@ -340,6 +340,7 @@ def test_a_method_whose_module_breaks_fails_its_jobs_and_no_others(
     source.parent.mkdir(parents=True)
     source.write_text((USER_METHODS / "poison" / "grouped.py").read_text())
     monkeypatch.setenv("NETASSAY_METHODS", str(source.parents[1]))
+    bench.config = bench.config.model_copy(update={"methods": str(source.parents[1])})
     bench.submit("breaks", {"method": "mine.breaks", "grid": {"tag": [1, 2]}}, echo(2))
     source.write_text(f'"""A method that broke."""\n{end}\n')
     while chunk := bench.publish():
@@ -619,9 +620,15 @@ def test_the_cause_of_an_exception(error: Exception, cause: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="it is read from /proc")
-def test_a_child_is_told_no_address_and_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_is_told_no_address_no_secret_and_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BROKER", "STORE", "HOME"):
         monkeypatch.setenv(f"NETASSAY_{name}", f"the-{name}")
+    secrets = ("NETASSAY_ARTIFACTS", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "FSSPEC_S3_SECRET", "PGPASSWORD", "MY_TOKEN",
+               "REDIS_PASSWORD", "API_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "FLOWER_BASIC_AUTH")  # fmt: skip
+    for name in secrets:
+        monkeypatch.setenv(name, "a-secret")
+    for name in ("TOKENIZERS_PARALLELISM", "GIT_AUTHOR_NAME"):
+        monkeypatch.setenv(name, "no-secret")
     child = Child(Path("unused"))
     environ = Path(f"/proc/{child.process.pid}/environ")
     try:
@@ -630,7 +637,9 @@ def test_a_child_is_told_no_address_and_all_else(monkeypatch: pytest.MonkeyPatch
     finally:
         child.kill()
     assert not any("the-BROKER" in variable or "the-STORE" in variable for variable in seen)
-    assert {"NETASSAY_HOME=the-HOME", "OMP_NUM_THREADS=1"} <= set(seen)
+    assert not any("a-secret" in variable for variable in seen)
+    assert {"NETASSAY_HOME=the-HOME", "OMP_NUM_THREADS=1", "NETASSAY_ARTIFACTS=unused"} <= set(seen)
+    assert {"TOKENIZERS_PARALLELISM=no-secret", "GIT_AUTHOR_NAME=no-secret"} <= set(seen)
 
 
 def test_a_family_is_a_process_with_its_descendants() -> None:

@@ -1,8 +1,10 @@
 """The compute child: reads jobs from a pipe, computes, writes results to a pipe. It opens neither broker nor store.
 
-It is not given their addresses (NETASSAY_BROKER, NETASSAY_STORE), with whatever passwords stand in them. The rest of
-the environment it inherits, NETASSAY_HOME and what others keep there included, and it runs as the same user: this keeps
-jobs from meddling by accident, it does not lock up hostile code.
+It is not given their addresses (NETASSAY_BROKER, NETASSAY_STORE), with whatever passwords stand in them, nor other
+variables that look like credentials. Artifacts are those in a folder of this host, whose supervisor has fetched what
+the jobs name and shares what they keep. The rest of the environment it inherits, NETASSAY_HOME and what others keep
+there included, and it runs as the same user: this keeps jobs from meddling by accident, it does not lock up hostile
+code.
 
 Protocol, one JSON text a line. In:
 
@@ -135,14 +137,16 @@ def _method(name: str) -> Method | str:
     except catalogue.UnknownMethod as error:
         return storable.text(
             f"this worker cannot load {name}: {error}; restart the lab (or this worker) with NETASSAY_METHODS set to "
-            "the folder that holds it, then submit again"
+            "the folder that holds it, or with its package installed, then submit again"
         )
-    except (Exception, SystemExit) as error:  # a module may well call sys.exit
-        lines = "".join(traceback.format_exception(error, limit=-12))
+    except catalogue.BrokenMethod as error:
+        lines = "".join(traceback.format_exception(error.__cause__, limit=-12)) if error.__cause__ else ""
         return storable.text(
-            f"this worker cannot load {name}: {type(error).__name__}: {error}; mend its module, restart the lab and "
-            f"submit again{_below(lines)}"
+            f"this worker cannot load {name}: {error.reason}; mend its module, or install what it needs, on the "
+            f"worker's host, restart the lab and submit again{_below(lines)}"
         )
+    except Exception as error:
+        return storable.text(f"this worker cannot load {name}: {error}; mend this, restart the lab and submit again")
 
 
 def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]], memory: int) -> list[list[Any]]:
@@ -152,8 +156,9 @@ def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]], 
         try:
             if method.version != request["version"]:
                 raise RuntimeError(
-                    f"this worker has version {method.version} of {method.name}, the job asks for "
-                    f"{request['version']}; install the same netassay on the worker and on the submitting side"
+                    f"this worker has version {method.version} of {method.name}, the job asks for version "
+                    f"{request['version']}: it changed after the worker had loaded it, or is not the same where the "
+                    "job was submitted; install the same on both sides, restart the lab, then retry"
                 )
             parsed.append((job_id, method.Params.model_validate_json(params_text)))
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -26,8 +27,14 @@ _TICK = 0.1
 _LOOK = 0.25
 #: What a child may take to end after it has closed its end of the results.
 _END_SECONDS = 2.0
-#: Settings that hold addresses and passwords; a child gets neither.
-_PRIVATE = ("NETASSAY_BROKER", "NETASSAY_STORE")
+#: Variables that hold addresses and passwords, by how they begin and by a word in them; a child gets none of them.
+_PRIVATE = (
+    "NETASSAY_BROKER", "NETASSAY_STORE", "NETASSAY_ARTIFACTS", "FSSPEC_", "AWS_", "AZURE_", "GOOGLE_", "BOTO_", "PG",
+    "REDIS", "POSTGRES", "CELERY_", "FLOWER_",
+)  # fmt: skip
+_SECRET = re.compile(
+    r"(^|_)(PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIALS?|(ACCESS|API|PRIVATE)_KEY|AUTH)(_|$)", re.IGNORECASE
+)
 
 
 class ChildDied(Exception):
@@ -69,7 +76,7 @@ class Child:
                 stdout=log_end,
                 stderr=log_end,
                 pass_fds=(results_end,),
-                env=_environment(),
+                env=_environment(artifacts),
                 process_group=0,  # so that what a job starts can be killed with it
             )
             unless_started.pop_all()
@@ -221,6 +228,10 @@ def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple
     return start, end
 
 
-def _environment() -> dict[str, str]:
+def _environment(artifacts: Path) -> dict[str, str]:
+    """Ours, without what opens doors. The artifacts are those of this host, for what a job starts as well."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return {name: value for name, value in os.environ.items() if name not in _PRIVATE} | threads
+    rest = {
+        name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE) and not _SECRET.search(name)
+    }
+    return rest | threads | {"NETASSAY_ARTIFACTS": str(artifacts)}

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from netassay.store.artifacts import MissingArtifact
+
 #: Share of the host's memory that all slots together may use.
 HOST_SHARE = 0.8
 
@@ -67,6 +69,8 @@ def cause_of_exception(error: BaseException) -> str:
     """The cause of a job's failure by the exception it raised (`netassay.method.MethodError` knows its own)."""
     if isinstance(error, MemoryError):
         return "memory"
+    if isinstance(error, MissingArtifact):
+        return "store"
     # torch reports a failed allocation on the CPU as a RuntimeError, on an accelerator as OutOfMemoryError.
     words = str(error).lower()
     if type(error).__name__ == "OutOfMemoryError":

@@ -3,13 +3,15 @@
 A slot takes a chunk from claim to commit:
 
 1. claim it in the store; whoever loses the race has nothing to do;
-2. send its jobs to the child in groups, knowing at every moment which group runs, since when, and its limits; quick
-   groups several at once, as many as those just before have shown to be quick;
+2. fetch the artifacts that its jobs name, where these lie behind a URL, and send the jobs to the child in groups,
+   knowing at every moment which group runs, since when, and its limits; quick groups several at once, as many as those
+   just before have shown to be quick;
 3. a child that dies or is killed while a group runs: write an attempt for each job of it, then run these jobs one by
    one in a fresh child; a job whose child dies while it runs alone is tried again alone, until it has had three
    starts. Past its own limit of time or memory while alone, it has failed;
 4. past the chunk's time budget, when paused or shut down: give the rest back;
-5. write all outcomes in one transaction fenced by the claim's token; while the store is out, keep them and try again.
+5. share the artifacts that results name, then write all outcomes in one transaction fenced by the claim's token; while
+   the remote or the store is out, keep them and try again.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -33,9 +35,10 @@ from sqlalchemy import text
 from netassay import __version__, faults
 from netassay.method import TIME_FACTOR
 from netassay.settings import Settings
-from netassay.store import running, storable
+from netassay.store import artifacts, running, storable
 from netassay.store.database import Database, Outage
 from netassay.store.dispatching import CHUNK_SECONDS, release
+from netassay.store.remote import RemoteOutage
 from netassay.store.running import MOST_STARTS, Claim, Death, Outcome, StaleToken, Task
 from worker.compute import Child, ChildDied, Stopped
 from worker.limits import memory_a_slot
@@ -57,6 +60,8 @@ GRACE_SECONDS = 5.0
 PREPARATIONS = 3
 #: Pause before a chunk is given back for which nothing could be done here: it is soon published again.
 SHORT_SECONDS = 1.0
+#: How often a job is run again because somebody deleted the cache of artifacts between the fetching and its start.
+MOST_FETCHES = 3
 #: What the system says where it is short of processes, memory or descriptors, which passes.
 _SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 #: A job takes no less than this, whatever a clock says; a time of 0 would mean chunks without bound.
@@ -88,6 +93,10 @@ class Slot:
     """whether `busy` says what the jobs that ended took: no child died or was stopped in the middle of others"""
     ahead: int = 1
     """how many groups the next request may have"""
+    absent: dict[str, str] = field(default_factory=dict)
+    """reference that the jobs of this chunk name -> why it is not to be had"""
+    swept: int = 0
+    """how often the cache was deleted under jobs of this chunk"""
     stop: str = ""
     """'' run on; 'after': end after the current jobs; 'now': kill them, they go back; 'lost': kill them, drop all"""
 
@@ -102,6 +111,7 @@ class Slot:
         faults.reach("worker.claimed")
         self.chunk_id, self.stop = chunk_id, ""
         self.busy, self.telling, self.ahead = 0.0, True, 1
+        self.absent, self.swept = {}, 0
         outcomes: list[Outcome] = []
         try:
             for outcome in self._run(claim):
@@ -119,7 +129,7 @@ class Slot:
         faults.reach("worker.computed")
         try:
             if self.stop != "lost" or not faults.guarded("fence"):
-                self._keep(claim, outcomes, worker_id)
+                self._keep(claim, self._share(claim, outcomes), worker_id)
         except StaleToken:
             log.warning("late_results_dropped", chunk=chunk_id, jobs=len(outcomes))
         except Exception as error:
@@ -128,6 +138,73 @@ class Slot:
         finally:
             self.chunk_id = None
         faults.reach("worker.committed")
+
+    def _fetch(self, claim: Claim, works: Sequence[Work]) -> None:
+        """Bring the artifacts that these jobs name to this host: the child opens nothing that is not here.
+
+        One that is not to be had is for the job to stumble over: a text may look like a reference and be none. Raises
+        _Out.
+        """
+        kept = self.supervisor.kept
+        if kept.remote is None:
+            return
+        wanted = set(claim.given.values())
+        for work in works:
+            wanted.update(*(artifacts.named(task.params) for task in work.tasks))
+        try:
+            self.absent = kept.fetch(wanted, lambda: bool(self.stop) or self.supervisor.stopping)
+        except OSError as error:
+            raise _Out(str(error)) from error
+
+    def _share(self, claim: Claim, outcomes: list[Outcome]) -> list[Outcome]:
+        """The outcomes whose artifacts others can read: no record may name what lies on this host only.
+
+        Through an outage again and again, until this worker has to end or the chunk is not wanted any more; what could
+        not be shared by then is left out, and its jobs go back.
+        """
+        kept = self.supervisor.kept
+        if kept.remote is None:
+            return outcomes
+        params = {task.id: task.params for task in claim.tasks}
+        shared = []
+        for outcome in outcomes:
+            # What it was given is there already, or is none of ours.
+            made = artifacts.named(outcome.result) - artifacts.named(params[outcome.job_id]) if outcome.result else ()
+            try:
+                lost = [reference for reference in sorted(made) if not self._shared(claim, reference, len(outcomes))]
+            except RemoteOutage:
+                self.telling = False
+                continue
+            if lost:
+                message = (
+                    f"its result names {lost[0]}, which is neither on the worker's host nor at {kept}; most likely the "
+                    f"cache {kept.folder} was deleted meanwhile: retry it"
+                )
+                outcome = replace(outcome, state="failed", cause="store", message=message, result=None)
+            shared.append(outcome)
+        return shared
+
+    def _shared(self, claim: Claim, reference: str, held: int) -> bool:
+        """Whether others can read it now. Raises RemoteOutage where that cannot be waited for."""
+
+        def unwanted() -> bool:
+            return self.stop in ("now", "lost") or self.supervisor.overdue()
+
+        kept, pause = self.supervisor.kept, 0.1
+        while True:
+            try:
+                kept.share(reference, unwanted)
+                return True
+            except FileNotFoundError:
+                return kept.has(reference)
+            except RemoteOutage as error:
+                about = {"chunk": claim.chunk_id, "held": held, "error": str(error)}
+                if unwanted():
+                    log.error("artifacts_out_to_the_end", **about)
+                    raise
+                log.warning("artifacts_out", **about, again_in=pause)
+                _sleep(pause, unwanted)
+                pause = min(2 * pause, 5.0)
 
     def _keep(self, claim: Claim, outcomes: list[Outcome], worker_id: int) -> None:
         """Commit; through an outage of the store, hold the results and try again until the worker has to end."""
@@ -220,6 +297,10 @@ class Slot:
                 log.error("no_child_now", chunk=claim.chunk_id, error=str(short), given_back_in=SHORT_SECONDS)
                 self._wait(SHORT_SECONDS)
                 return
+            except _Out as out:
+                log.error("artifacts_out", chunk=claim.chunk_id, error=str(out), given_back_in=SHORT_SECONDS)
+                self._wait(SHORT_SECONDS)
+                return
             except _Unfit as unfit:
                 log.error("child_unfit", chunk=claim.chunk_id, error=str(unfit))
                 for task in unfit.tasks:
@@ -249,6 +330,7 @@ class Slot:
         # Whatever ends this request early says nothing about the next.
         self.ahead, slowest, asked = 1, 0.0, None
         try:
+            self._fetch(claim, works)
             try:
                 child = self._fit_child(claim, fresh=works[0].fresh)
             except ChildDied as death:
@@ -276,8 +358,9 @@ class Slot:
                     raise _Died(work, death, began) from None
                 left.popleft()
                 slowest = max(slowest, time.monotonic() - start)
-                ended = [Outcome(*values) for values in json.loads(line)]
+                ended = [self._explained(Outcome(*values)) for values in json.loads(line)]
                 apart = {outcome.job_id for outcome in ended if len(work.tasks) > 1 and _apart(outcome)}
+                apart |= self._robbed(ended, apart)
                 yield from (outcome for outcome in ended if outcome.job_id not in apart)
                 again.extend(Work([task], apart=True) for task in work.tasks if task.id in apart)
                 if any(outcome.cause == "memory" for outcome in ended):
@@ -291,6 +374,33 @@ class Slot:
             self.current = ()
             queue.extendleft(reversed(left))
             queue.extendleft(reversed(again))
+
+    def _explained(self, outcome: Outcome) -> Outcome:
+        """Its child knows that an artifact was not on this host; here it is known why."""
+        if outcome.cause != "store":
+            return outcome
+        digests = ((reference.rpartition(":")[2], why) for reference, why in self.absent.items())
+        message = next((why for digest, why in digests if digest in outcome.message), outcome.message)
+        return replace(outcome, message=message)
+
+    def _robbed(self, ended: Sequence[Outcome], apart: set[int]) -> set[int]:
+        """Jobs to run again, as the cache of artifacts was deleted after theirs had been fetched."""
+        kept = self.supervisor.kept
+        if kept.remote is None or self.swept >= MOST_FETCHES:
+            return set()
+        why = set(self.absent.values())
+        folder = str(kept.folder)
+        swept = {
+            outcome.job_id
+            for outcome in ended
+            if outcome.job_id not in apart
+            and (
+                (outcome.cause == "store" and outcome.message not in why)
+                or (outcome.cause == "error" and "FileNotFoundError" in outcome.message and folder in outcome.message)
+            )
+        }
+        self.swept += bool(swept)
+        return swept
 
     def _limits(self, claim: Claim, jobs: int) -> tuple[float, int]:
         """Seconds and bytes for one call with so many jobs.
@@ -328,7 +438,7 @@ class Slot:
         if self.child is not None and (fresh or not self.child.alive):
             self._drop_child()
         if self.child is None:
-            self.child = Child(self.supervisor.settings.artifacts_folder)
+            self.child = Child(self.supervisor.kept.folder)
         child = self.child
         child.prepare(claim.libraries, self._must_stop)
         return child
@@ -399,6 +509,10 @@ class _Short(Exception):
     """The host has no room for a child at the moment; no job is to blame, and none fails."""
 
 
+class _Out(Exception):
+    """The artifacts that jobs need cannot be fetched at the moment; no job is to blame, and none fails."""
+
+
 class _Unfit(Exception):
     """The child ended by itself before it had run a job: something that these jobs need is missing or broken here."""
 
@@ -414,6 +528,7 @@ class Supervisor:
     settings: Settings
     slots: int
     database: Database = field(init=False)
+    kept: artifacts.Artifacts = field(init=False)
     worker_id: int = field(init=False, default=0)
     memory: int = field(init=False)
     stopping: bool = field(init=False, default=False)
@@ -424,6 +539,7 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         self.database = Database(self.settings.store_url)
+        self.kept = artifacts.of(self.settings)
         self.memory = memory_a_slot(self.slots, self.settings.memory)
 
     @property
