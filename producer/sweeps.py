@@ -1,116 +1,61 @@
-"""Sweeps: from a YAML document to validated jobs with their keys, in the order they will be numbered.
+"""Sweeps: from what is written down to validated jobs with their keys, in the order they will be numbered.
 
     name: digits
     networks:                                  # names for networks, for the fields that take one
       certified: {recipe: {dataset: digits, training: {kind: ibp}}}
       mine: nets/f.onnx                        # from the sweep file's folder
-    jobs:                                      # entries; each yields one row for each point of its grid
+    datasets:                                  # likewise for datasets
+      moons: {generator: two_moons, noise: 0.1}
+    jobs:                                      # entries; each yields one row for each point of its axes
       - method: verification.certify
         params: {dataset: digits}              # the same in all rows
-        grid:                                  # their product; the last one varies fastest
+        rows: images.csv                       # from a file: CSV, JSON Lines or a JSON list of params
+        grid:                                  # the product of these; the last one varies fastest
           network: [certified, mine]
           index: {range: [0, 100]}             # start, stop[, step]: whole numbers, without the stop
+        zip:                                   # these go in step
           radius: [0.01, 0.02]
+          seed: [1, 2]
+        random:                                # and these are drawn: see `producer.axes`, also for other axes
+          {count: 10, seed: 0, draw: {share: {uniform: [0, 1]}}}
         limits: {seconds: 60, memory: 1GB}     # of each job; not part of its key
 
+The parts make a product, rows x grid x zip x random, whose last part varies fastest. All but `method` may be left out.
 Every mistake of a document is collected before anything is refused, and nothing is stored by reading or preparing one.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import json
-import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from netassay import catalogue, job
-from netassay.errors import UserError
-from netassay.fields import ReferenceTo
+from netassay.fields import KINDS, ReferenceTo
 from netassay.method import Contract, Method, time_limit
-from producer import references, wording
+from producer import cells, references, tables, wording
+from producer.documents import KEPT, BadSweep, Document, Entry, RowError, limits_of
+from producer.documents import document as document
+from producer.documents import parse as parse
+from producer.documents import read as read
+from producer.documents import size as size
+from producer.plain import Unreadable
 from producer.references import Resolver
 
-#: Errors that a message shows and that are kept; beyond, they are counted only (a million rows can be wrong).
-SHOWN, KEPT = 20, 1000
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One item of a document's `jobs`. grid: axis -> its values, in order. number: its place, from 1."""
-
-    number: int
-    method: str
-    params: Mapping[str, Any]
-    grid: Mapping[str, Sequence[Any]]
-    time_limit: float | None = None
-    memory_limit: int | None = None
-
-    @property
-    def rows(self) -> int:
-        return math.prod(map(len, self.grid.values()))
-
-
-@dataclass(frozen=True)
-class Document:
-    """A sweep as written, its structure checked. base: folder its paths start from. source: its name in messages."""
-
-    jobs: tuple[Entry, ...]
-    networks: Mapping[str, Any]
-    name: str
-    base: Path
-    source: str
-
-
-@dataclass(slots=True)
-class RowError:
-    """What is wrong in one row, or with an entry or the document as a whole (row 0).
-
-    where: the entry and the row's point of the grid. rows: how many rows of the entry are refused for this very reason.
-    """
-
-    where: str
-    row: int
-    field: str
-    message: str
-    rows: int = 1
-
-    def __str__(self) -> str:
-        others = f" (so in {self.rows:,} rows)" if self.rows > 1 else ""
-        return f"{self.where}: {f'{self.field} ' if self.field else ''}{self.message}{others}"
-
-
-class BadSweep(UserError, ValueError):
-    """A document that cannot be submitted. errors: the different ones (at most `KEPT`); total: all that is wrong."""
-
-    def __init__(self, source: str, errors: Sequence[RowError], total: int | None = None) -> None:
-        self.source, self.errors = source, list(errors)
-        self.total = total if total is not None else sum(error.rows for error in self.errors)
-        super().__init__(source)
-
-    def __str__(self) -> str:
-        count = "1 error" if self.total == 1 else f"{self.total:,} errors"
-        lines = [f"{self.source}: {count}, nothing was submitted", *(f"  {error}" for error in self.errors[:SHOWN])]
-        left = self.total - sum(error.rows for error in self.errors[:SHOWN])
-        if left > 0:
-            lines.append(f"  ... and {left:,} more")
-        return "\n".join(lines)
+#: How often the same fault in rows of a file is told with its line; of further such rows the number only.
+APART = 5
 
 
 @dataclass(slots=True)
 class Segment:
-    """Consecutive jobs of one method that may run together: same references, dataset, `group` answer and limits.
+    """Consecutive jobs of one method that may run together: same shared references, dataset, `group` answer and limits.
 
     group: short label, such as the user's name of the network. seconds, memory (bytes): the method's prediction for its
     first job. time_limit (seconds), memory_limit (bytes): as the sweep says, else None. group_size: how many jobs one
@@ -162,181 +107,6 @@ class Summary:
         return self.jobs * self.seconds
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML that refuses a key given twice, and reads 1e-3 as a number as YAML 1.2 does (1.1 makes it text)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, Any] = {}
-        for name, _ in node.value:
-            if name.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(name, deep=True)
-            if isinstance(key, typing.Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is given twice, first in line {seen[key]}", name.start_mark
-                )
-            if isinstance(key, typing.Hashable):
-                seen[key] = name.start_mark.line + 1
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _load_yaml(text: str | bytes) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader: makes plain values only
-
-
-def read(path: Path) -> Document:
-    """The document in a YAML file. Raises BadSweep with all that is wrong with its structure."""
-    path = Path(path)
-    try:
-        return parse(path.read_bytes(), base=path.parent, source=path.name)
-    except OSError as error:
-        raise BadSweep(str(path), [RowError("the file", 0, "", f"cannot be read: {error.strerror}")]) from None
-
-
-def parse(text: str | bytes, base: Path, source: str = "sweep") -> Document:
-    """The document in YAML text. Raises BadSweep, as `read`."""
-    try:
-        values = _load_yaml(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
-        wrong = " ".join(part for part in (error.problem, error.context) if part) or "is not YAML"
-        raise BadSweep(source, [RowError(where, 0, "", wrong)]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadSweep(source, [RowError("the file", 0, "", f"is not YAML: {' '.join(str(error).split())}")]) from None
-    return document(values, base=base, source=source)
-
-
-def document(values: Any, base: Path, source: str = "sweep") -> Document:
-    """The document that plain values (a loaded YAML file, a method's EXAMPLE) stand for. Raises BadSweep, as `read`."""
-    errors: list[RowError] = []
-
-    def wrong(where: str, field: str, message: str) -> None:
-        errors.append(RowError(where, 0, field, message))
-
-    if not isinstance(values, Mapping):
-        wrong("the document", "", f"is {wording.short(values)}, must be a mapping with `jobs`")
-        raise BadSweep(source, errors)
-    known = ("name", "networks", "jobs")
-    for key in values:
-        if key not in known:
-            wrong(
-                "the document",
-                f"`{key}`",
-                f"is not known here{wording.nearest(key, known)} (known: {', '.join(known)})",
-            )
-    name = values.get("name") or ""
-    if not isinstance(name, str):
-        wrong("the document", "name", f"is {wording.short(name)}, must be text (write it in quotes)")
-    networks = values.get("networks") or {}
-    if not isinstance(networks, Mapping):
-        wrong("the document", "networks", "must be a mapping from names to paths or recipes")
-        networks = {}
-    for key in networks:
-        if not isinstance(key, str):
-            wrong("networks", wording.short(key), "is a name, so must be text (write it in quotes)")
-    jobs = values.get("jobs")
-    items = [jobs] if isinstance(jobs, Mapping) else jobs
-    entries: list[Entry] = []
-    if not isinstance(items, list) or not items:
-        wrong("the document", "jobs", "must be a list of at least one entry `- method: ...`")
-    else:
-        for number, item in enumerate(items, 1):
-            entry = _entry(number, item, functools.partial(wrong, f"entry {number}"))
-            if entry is not None:
-                entries.append(entry)
-    if errors:
-        raise BadSweep(source, errors)
-    return Document(tuple(entries), networks, name, Path(base), source)
-
-
-def _entry(number: int, item: Any, wrong: Callable[[str, str], None]) -> Entry | None:
-    if not isinstance(item, Mapping):
-        wrong("", f"is {wording.short(item)}, must be a mapping with `method`")
-        return None
-    known = ("method", "params", "grid", "limits")
-    for key in item:
-        if key not in known:
-            wrong(f"`{key}`", f"is not known here{wording.nearest(key, known)} (known: {', '.join(known)})")
-    method = item.get("method")
-    if not isinstance(method, str):
-        wrong("method", "is missing" if method is None else f"is {wording.short(method)}, must be the name of a method")
-        method = ""
-    params, grid = item.get("params") or {}, item.get("grid") or {}
-    for part, value in (("params", params), ("grid", grid)):
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            wrong(part, f"is {wording.short(value)}, must be a mapping from names of parameters")
-            return None
-    axes: dict[str, Sequence[Any]] = {}
-    for axis, values in grid.items():
-        if axis in params:
-            wrong(axis, "is given under both params and grid; keep one")
-        try:
-            axes[axis] = _axis(values)
-        except ValueError as error:
-            wrong(f"grid {axis}", str(error))
-    try:
-        seconds, memory = _limits(item.get("limits"))
-    except ValueError as error:
-        wrong("limits", str(error))
-        seconds, memory = None, None
-    return Entry(number, method, params, axes, seconds, memory)
-
-
-def _axis(values: Any) -> Sequence[Any]:
-    if isinstance(values, Mapping) and set(values) == {"range"}:
-        ends = values["range"]
-        whole = isinstance(ends, list) and all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
-        if not whole or len(ends) not in (2, 3):
-            raise ValueError(
-                f"range is {wording.short(ends)}, must be [start, stop] or [start, stop, step], whole numbers"
-            )
-        if len(ends) == 3 and ends[2] == 0:
-            raise ValueError("range has step 0")
-        values = range(*ends)
-        if not values:
-            raise ValueError(f"range {wording.short(ends)} is empty; the stop itself is not part of it")
-        return values
-    if not isinstance(values, list):
-        raise ValueError(f"is {wording.short(values)}, must be a list of values or {{range: [start, stop]}}")
-    if not values:
-        raise ValueError("is an empty list, which makes no jobs; leave it out to use the default")
-    return values
-
-
-def _limits(limits: Any) -> tuple[float | None, int | None]:
-    """(seconds, bytes) of an entry's `limits`. Raises ValueError."""
-    if limits is None:
-        return None, None
-    known = ("seconds", "memory")
-    if not isinstance(limits, Mapping) or not set(limits) <= set(known):
-        raise ValueError(f"is {wording.short(limits)}, must be a mapping with seconds, memory or both")
-    seconds, memory = limits.get("seconds"), limits.get("memory")
-    if seconds is not None:
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-            raise ValueError(f"seconds is {wording.short(seconds)}, must be a number above 0")
-        seconds = float(seconds)
-    if memory is not None:
-        memory = size(memory)
-    return seconds, memory
-
-
-def size(text: Any) -> int:
-    """Bytes of a size such as 500MB, 1.5 GiB or 1000000. Raises ValueError."""
-    match = None if isinstance(text, bool) else _SIZE.match(str(text))
-    if match is None or (number := float(match[1])) <= 0:
-        raise ValueError(f"memory is {wording.short(text)}, must be a size such as 500MB, 2GiB or a number of bytes")
-    return int(number * _UNITS[(match[2] or "").upper()])
-
-
 # --- preparing ----------------------------------------------------------------------------------------------------
 
 
@@ -345,66 +115,86 @@ def prepare(document: Document, resolver: Resolver, skip_invalid: bool = False) 
 
     A job that occurs twice is kept once. For every recipe that stands for a network a `networks.train` job is put in
     front, unless it is among the jobs. Raises BadSweep with all errors, unless `skip_invalid`: then the rows that
-    have one are left out and reported.
+    have one are left out and reported; a file that cannot be read to its end is refused all the same.
 
-    Cost: some 6 us a row and 180 bytes a job for a method of plain fields; files are read once.
+    Cost: some 4 us a row, 6 of a file, and 180 bytes a job for a method of plain fields; networks are read once.
     """
     work = _Preparation(resolver)
     for entry in document.jobs:
         work.add(entry)
-    if work.errors and not skip_invalid:
-        raise BadSweep(document.source, list(work.errors.values()), work.wrong)
+    if work.broken or (work.errors and not skip_invalid):
+        raise BadSweep(document.source, work.errors, work.wrong)
     segments = list(work.segments.values())
     training = _Preparation(resolver, seen=work.seen)
     for recipe in work.recipes:
         training.add(Entry(0, job.BUILDER, {"recipe": recipe}, {}))
     if training.errors:
-        raise BadSweep(document.source, list(training.errors.values()))
+        raise BadSweep(document.source, training.errors)
     segments = [*training.segments.values(), *segments]
-    # All jobs of a segment have the same references, so its first speaks for all.
-    used = {reference for segment in segments for reference in _REFERENCES.findall(segment.params[0])}
+    used = {reference for segment in segments for text in _telling(segment) for reference in _REFERENCES.findall(text)}
     names = {reference: name for reference, name in resolver.names.items() if reference in used}
-    return Prepared(segments, names, work.duplicates, list(work.errors.values()), work.refused)
+    return Prepared(segments, names, work.duplicates, work.errors, work.refused)
 
 
-_REFERENCES = re.compile(r'"((?:onnx|recipe|array|file):[0-9a-f]{64})"')
+def _telling(segment: Segment) -> list[str]:
+    """Params that between them name all references of a segment: where all are shared, its first speaks for all."""
+    varies = not all(_shared(catalogue.get(segment.method).Params).values())
+    return segment.params if varies else segment.params[:1]
+
+
+_REFERENCES = re.compile(rf'"((?:{"|".join(KINDS)}):[0-9a-f]{{64}})"')
 # The text of -0.0 and of numbers such as -0.05 begins alike; only the first has to be rewritten.
 _NEGATIVE_ZERO = re.compile(r"-0\.0(?!\d)")
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What does not change from row to row of one method. together: fields whose values keep segments apart."""
+
+    method: Method
+    validate: Callable[..., Any]
+    dump: Callable[..., Any]
+    references: Mapping[str, bool]
+    together: Sequence[str]
+    split: Callable[[Any], str] | None
+    readers: Mapping[str, Callable[[str], Any]]
+
+
+_Limits: typing.TypeAlias = tuple[float | None, int | None]
+#: Number of the row (of a file: its line), its params, their method, its limits.
+_Row: typing.TypeAlias = tuple[int, dict[str, Any], _Kind, _Limits]
+_APART_FROM_PARAMS = frozenset((tables.METHOD, "params", "limits", tables.SECONDS, tables.MEMORY))
+
+
 class _Preparation:
-    """What grows while the rows of a document go by."""
+    """What grows while the rows of a document go by. broken: a file could not be read to its end."""
 
     def __init__(self, resolver: Resolver, seen: set[bytes] | None = None) -> None:
         self.resolver = resolver
         self.segments: dict[tuple[Any, ...], Segment] = {}
         self.recipes: dict[str, None] = {}
-        self.errors: dict[tuple[int, str, str], RowError] = {}
+        self.errors: list[RowError] = []
+        self.told: dict[tuple[str, int, str, str], tuple[int, RowError]] = {}
         self.seen: set[bytes] = set() if seen is None else seen
         self.duplicates = self.refused = self.wrong = 0
+        self.broken = False
 
     def add(self, entry: Entry) -> None:
         """Validate the rows of one entry and append its jobs to their segments."""
-        try:
-            method = catalogue.get(entry.method)
-        except catalogue.UnknownMethod as error:
-            self.refused += entry.rows
-            self._refuse(entry, 0, "", "", str(error))
-            return
-        if not self._names_are_right(entry, method):
-            self.refused += entry.rows
-            return
+        if entry.base is not None:
+            self.resolver.enter(entry.base, entry.networks, entry.datasets)
+        rows = self._points(entry) if entry.table is None else self._table_rows(entry, entry.table)
         # The loop below is `job.key` taken apart: what does not change from row to row is looked up before it.
-        validate = method.Params.__pydantic_validator__.validate_python
-        dump = method.Params.__pydantic_serializer__.to_python
-        name, version, context, seen = method.name, method.version, {"resolve": self.resolver}, self.seen
-        references = reference_fields(method.Params)
-        together = [*references, *(("dataset",) if "dataset" in method.Params.model_fields else ())]
-        split = method.group if hasattr(method.module, "group") else None
-        limits = (entry.time_limit, entry.memory_limit)
+        context, seen = {"resolve": self.resolver}, self.seen
+        kind: _Kind | None = None
+        limits: _Limits | None = None
         segment: Segment | None = None
-        for number, row in enumerate(_rows(entry), 1):
+        for number, row, now, limited in rows:
+            if now is not kind:
+                kind, segment = now, None
+                method, validate, dump = kind.method, kind.validate, kind.dump
+                name, version, together, split = method.name, method.version, kind.together, kind.split
             try:
                 params = validate(row, context=context)
                 try:
@@ -415,93 +205,269 @@ class _Preparation:
                     text = job.canonical(params)
                 key = job.key_of(name, version, text)
             except ValidationError as error:
-                self._refuse_row(entry, number, row, wording.explain(error))
+                self._refuse_row(entry, number, row, wording.explain(error), method)
+                continue
+            except UnicodeEncodeError:
+                self._refuse_row(entry, number, row, [("", "holds half a surrogate pair, which is no text")], method)
                 continue
             except ValueError as error:
-                self._refuse_row(entry, number, row, [("", str(error))])
+                self._refuse_row(entry, number, row, [("", str(error))], method)
                 continue
             if key in seen:
                 self.duplicates += 1
                 continue
             seen.add(key)
-            if segment is None or together or split is not None:
+            if segment is None or limited is not limits or together or split is not None:
+                limits = limited
                 values = params.__dict__
                 group = [values[one] if type(values[one]) is str else repr(values[one]) for one in together]
                 place = (name, *group, split(params) if split is not None else "", limits)
                 segment = self.segments.get(place)
                 if segment is None:
-                    segment = self.segments[place] = self._segment(entry, method, params, references)
+                    segment = self.segments[place] = self._segment(limits, method, params, kind.references)
             segment.params.append(text)
             segment.keys.append(key)
 
-    def _segment(self, entry: Entry, method: Method, params: Contract, references: Mapping[str, bool]) -> Segment:
+    def _points(self, entry: Entry) -> Iterable[_Row]:
+        """The rows of an entry that has no table."""
+        kind = self._kind(entry, entry.method, {*entry.params, *entry.axes})
+        if kind is None:
+            self.refused += entry.rows
+            return ()
+        limits = (entry.time_limit, entry.memory_limit)
+        points = _points(entry, dict(entry.params))
+        return zip(itertools.count(1), points, itertools.repeat(kind), itertools.repeat(limits))
+
+    def _table_rows(self, entry: Entry, table: tables.Table) -> Iterator[_Row]:
+        """The rows of a table, each at all points of the entry's axes; those that are no rows are refused."""
+        points, fixed, has_axes = entry.points, frozenset((*entry.params, *entry.axes)), bool(entry.axes)
+        columns = table.columns if table.columns is not None and tables.METHOD not in table.columns else None
+        given = None if columns is None else {*fixed, *columns} - _APART_FROM_PARAMS
+        kinds: dict[str, _Kind | None] = {}
+        recipes: dict[str, Any] = {}
+        known_limits: dict[_Limits, _Limits] = {}
+        usual = (entry.time_limit, entry.memory_limit)
+        try:
+            for line, row in table:
+                if isinstance(row, list):
+                    self._refuse_row(entry, line, {}, row, None, points)
+                    continue
+                name, limits = entry.method, usual
+                if row.keys() & _APART_FROM_PARAMS:
+                    own, row, limited = _parts(row)
+                    name = own or name
+                    try:
+                        limits = _limits(limited, usual, table.texts) if limited else usual
+                    except ValueError as error:
+                        self._refuse_row(entry, line, {}, [("limits", str(error))], None, points)
+                        continue
+                    limits = known_limits.setdefault(limits, limits)
+                try:
+                    kind = kinds[name]
+                except KeyError:
+                    kind = kinds[name] = self._kind(entry, name, given, line)
+                if kind is None:
+                    self.refused += points
+                    continue
+                if table.texts:
+                    readers = kind.readers
+                    row = {
+                        name: readers[name](text) if name in readers else text
+                        for name, text in row.items()
+                        if text and not (text.isspace() and readers.get(name) is not str)
+                    }
+                elif kind.references:
+                    row = {name: _interned(recipes, value) for name, value in row.items()}
+                if fixed:
+                    if not fixed.isdisjoint(row):
+                        wrongs = [
+                            (name, "is given in the row and in the entry; keep one") for name in fixed & row.keys()
+                        ]
+                        self._refuse_row(entry, line, {}, sorted(wrongs), None, points)
+                        continue
+                    row = {**entry.params, **row}
+                if not has_axes:
+                    yield line, row, kind, limits
+                    continue
+                for point in _points(entry, row):
+                    yield line, point, kind, limits
+        except Unreadable as error:
+            self.broken = True
+            self._refuse(entry, error.line, _place(entry, error.line), "", str(error))
+
+    def _kind(self, entry: Entry, name: str, given: set[str] | None, line: int = 0) -> _Kind | None:
+        """The method of this name; None where there is none, or what is given (None: not known) does not fit it."""
+        if not name:
+            what = f"`{tables.METHOD}` in the row" if given is None else f"a column `{tables.METHOD}`"
+            self._refuse(entry, line, _place(entry, line), "method", f"is missing; give {what}, or --method NAME")
+            return None
+        try:
+            method = catalogue.get(name)
+        except (catalogue.UnknownMethod, catalogue.BrokenMethod) as error:
+            own = line if name != entry.method else 0
+            self._refuse(entry, own, _place(entry, own), "", str(error))
+            return None
+        if given is not None and not self._names_are_right(entry, method, given):
+            return None
+        return _Kind(
+            method=method,
+            validate=method.Params.__pydantic_validator__.validate_python,
+            dump=method.Params.__pydantic_serializer__.to_python,
+            references=reference_fields(method.Params),
+            together=[name for name, same in _shared(method.Params).items() if same],
+            split=method.group if hasattr(method.module, "group") else None,
+            readers=cells.readers(method.Params) if entry.table is not None and entry.table.texts else {},
+        )
+
+    def _segment(self, limits: _Limits, method: Method, params: Contract, references: Mapping[str, bool]) -> Segment:
         needs = method.needs(params)
         labels: dict[str, None] = {}
+        bundled: dict[str, None] = {}
         recipes: dict[str, None] = {}
-        for name, is_network in references.items():
-            for value in _strings(getattr(params, name)):
-                labels[self.resolver.names.get(value, value[:15])] = None
+        for name, same in _shared(type(params)).items():
+            is_network = references[name]
+            for value in _strings(getattr(params, name)) if same else ():
+                if ":" in value:
+                    labels[self.resolver.names.get(value, value[:15])] = None
+                else:  # a dataset: its name tells little beside a network's
+                    bundled[value] = None
                 if is_network and value.startswith("recipe:"):
                     recipes[value] = None
         self.recipes |= recipes
         return Segment(
             method=method.name,
             version=method.version,
-            group=", ".join(labels) or str(getattr(params, "dataset", "")),
+            group=", ".join(labels or bundled),
             seconds=needs.seconds,
             memory=needs.memory,
-            time_limit=entry.time_limit,
-            memory_limit=entry.memory_limit,
+            time_limit=limits[0],
+            memory_limit=limits[1],
             group_size=needs.group if method.run_many is not None else 1,
             libraries=needs.libraries,
             recipes=tuple(recipes),
         )
 
-    def _names_are_right(self, entry: Entry, method: Method) -> bool:
-        """Whether the entry gives only fields that exist, and all that must be given: the same for all its rows."""
-        given = {*entry.params, *entry.grid}
+    def _names_are_right(self, entry: Entry, method: Method, given: set[str]) -> bool:
+        """Whether only fields are given that exist, and all that must be: the same for all rows of the entry."""
         fields = method.Params.model_fields
+        where = "a column" if entry.table is not None else "params or grid"
         wrongs = [
             (name, wording.unknown_field(name, method.Params, method.name)) for name in sorted(given - set(fields))
         ]
         wrongs += [
-            (name, "is missing; give it under params or grid")
+            (name, f"is missing; give it {'as' if entry.table is not None else 'under'} {where}")
             for name, about in fields.items()
             if about.is_required() and name not in given
         ]
         for name, message in wrongs:
-            self._refuse(entry, 0, "", name, message)
+            self._refuse(entry, 0, _place(entry, 0), name, message)
         return not wrongs
 
-    def _refuse_row(self, entry: Entry, number: int, row: Mapping[str, Any], wrongs: list[tuple[str, str]]) -> None:
-        point = ", ".join(f"{axis}={wording.short(row[axis])}" for axis in entry.grid)
-        where = f", row {number:,}{f' ({point})' if point else ''}"
-        self.refused += 1
+    def _refuse_row(
+        self,
+        entry: Entry,
+        number: int,
+        row: Mapping[str, Any],
+        wrongs: Iterable[tuple[str, str]],
+        method: Method | None,
+        rows: int = 1,
+    ) -> None:
+        """Refuse one row, or `rows` points of one row of a table. method: None where it has not come to that."""
+        point = ", ".join(f"{axis}={wording.short(row[axis])}" for axis in entry.axes if axis in row)
+        where = _place(entry, number) if entry.table is not None else f"{_place(entry, 0)}, row {number:,}"
+        where += f" ({point})" if point else ""
+        self.refused += rows
         for name, message in wrongs:
-            self._refuse(entry, number, where, name, message)
+            unknown = method is not None and name and name not in method.Params.model_fields
+            if method is not None and unknown:
+                message = wording.unknown_field(name, method.Params, method.name)
+            self._refuse(entry, number, where, name, message, APART if entry.table is not None and not unknown else 1)
 
-    def _refuse(self, entry: Entry, number: int, where: str, field: str, message: str) -> None:
+    def _refuse(self, entry: Entry, number: int, where: str, field: str, message: str, apart: int = 1) -> None:
+        """apart: how often the very same fault is told by itself."""
         self.wrong += 1
-        same = self.errors.get((entry.number, field, message))
-        if same is not None:
-            same.rows += 1
+        fault = (entry.source, entry.number, field, message)
+        times, last = self.told.get(fault, (0, None))
+        if last is not None and times >= apart:
+            last.rows += 1
         elif len(self.errors) < KEPT:
-            text = f"entry {entry.number} ({entry.method}){where}"
-            self.errors[entry.number, field, message] = RowError(text, number, field, message)
+            self.errors.append(RowError(where, number, field, message))
+            self.told[fault] = (times + 1, self.errors[-1])
 
 
-def _rows(entry: Entry) -> Iterator[dict[str, Any]]:
-    """The params of every row. It is one dict, changed in place: validation copies what it takes."""
-    row = dict(entry.params)
-    if not entry.grid:
+def _place(entry: Entry, line: int) -> str:
+    """Where an entry, or a row of its table, stands."""
+    parts = [entry.source] if entry.source else []
+    if entry.number or entry.table is None:
+        parts.append(f"entry {entry.number} ({entry.method})" if entry.method else f"entry {entry.number}")
+    if entry.table is not None and line:
+        file = f"{entry.table.name} " if entry.number else ""
+        parts.append(f"{file}{entry.table.unit} {line:,}")
+    return ", ".join(parts) or "the file"
+
+
+def _interned(known: dict[str, Any], value: Any) -> Any:
+    """The same object for the same mapping: a recipe in many rows is then known to the resolver by its identity."""
+    return known.setdefault(json.dumps(value, sort_keys=True), value) if isinstance(value, dict) else value
+
+
+def _parts(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(method or empty, params, limits) of a row of a table, flat or nested."""
+    params = dict(row)
+    method = params.pop(tables.METHOD, "")
+    limits = {name.partition(".")[2]: params.pop(name) for name in (tables.SECONDS, tables.MEMORY) if name in params}
+    if isinstance(params.get("limits"), Mapping):
+        limits |= params.pop("limits")
+    if isinstance(params.get("params"), Mapping) and len(params) == 1:
+        params = dict(params["params"])
+    # A method that is not text is none, and is refused by its name.
+    return (method.strip() if isinstance(method, str) else repr(method)), params, limits
+
+
+def _limits(given: Mapping[str, Any], usual: _Limits, texts: bool) -> _Limits:
+    """The limits of one row of a table; those it does not give are the entry's. Raises ValueError."""
+    values = {name: value for name, value in given.items() if value is not None and value != ""}
+    if texts and "seconds" in values:
+        with contextlib.suppress(ValueError):
+            values["seconds"] = float(values["seconds"])
+    seconds, memory = limits_of(values)
+    return (usual[0] if seconds is None else seconds, usual[1] if memory is None else memory)
+
+
+def _points(entry: Entry, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The params of every point of the entry's axes. It is one dict, changed in place: validation copies what it takes.
+
+    Cost: nothing is held but the values of the axes that are not the first.
+    """
+    parts: list[tuple[list[str], list[Sequence[Any]]]] = [([axis], [values]) for axis, values in entry.grid.items()]
+    parts += [(list(axes), list(axes.values())) for axes in (entry.zip, entry.random) if axes]
+    if not parts:
         yield row
         return
-    *slow, fast = entry.grid
-    for point in itertools.product(*(entry.grid[axis] for axis in slow)):
-        row.update(zip(slow, point, strict=True))
-        for value in entry.grid[fast]:
-            row[fast] = value
-            yield row
+    *slow, (names, columns) = parts
+    if slow:  # they are gone through again and again
+        columns = [values if isinstance(values, range | list) else list(values) for values in columns]
+    outer = [name for part, _ in slow for name in part]
+    for point in itertools.product(*(zip(*values, strict=True) for _, values in slow)):
+        row.update(zip(outer, itertools.chain.from_iterable(point), strict=True))
+        if len(names) == 1:
+            (axis,) = names
+            for value in columns[0]:
+                row[axis] = value
+                yield row
+        else:
+            for together in zip(*columns, strict=True):
+                row.update(zip(names, together, strict=True))
+                yield row
+
+
+def _shared(params: type[Contract]) -> dict[str, bool]:
+    """Fields that hold references -> whether all jobs of one `run_many` call have the same there."""
+    return {
+        name: all(mark.shared for mark in marks if isinstance(mark, ReferenceTo))
+        for name in reference_fields(params)
+        for marks in [[*params.model_fields[name].metadata, *_marks(params.model_fields[name].annotation)]]
+    }
 
 
 def reference_fields(params: type[Contract]) -> dict[str, bool]:
@@ -552,31 +518,24 @@ def describe(prepared: Prepared) -> list[Summary]:
 def parameters(method: Method, options: Sequence[str], resolver: Resolver | None = None) -> Contract:
     """Params of one job from the command line: `field=value`, `--field value`, `--field=value`, or a bare `--flag`.
 
-    Values are read as YAML (`radius=1e-2`, `hidden=[8, 8]`, `--network '{dataset: digits}'`); paths start from the
-    working folder. Files and recipes are kept at once. Raises BadSweep with all that is wrong.
+    Values are read by the field's type, as CSV cells are (`radius=1e-2`, `hidden=[8, 8]`, `--network '{dataset:
+    digits}'`); paths start from the working folder. Files and recipes are kept at once. Raises BadSweep with all that
+    is wrong.
     """
     texts, errors = _options(options)
-    fields = method.Params.model_fields
-    values: dict[str, Any] = {}
-    for name, text in texts.items():
-        if name not in fields:
-            errors.append(RowError(method.name, 0, name, wording.unknown_field(name, method.Params, method.name)))
-            continue
-        try:
-            values[name] = _load_yaml(text)
-        except (yaml.YAMLError, ValueError):
-            values[name] = text
-    context = {"resolve": resolver if resolver is not None else references.in_process()}
+    readers = cells.readers(method.Params)
+    errors += [
+        RowError(method.name, 0, name, wording.unknown_field(name, method.Params, method.name))
+        for name in texts
+        if name not in readers
+    ]
     if errors:
         raise BadSweep(method.name, errors)
+    values = {name: readers[name](text) for name, text in texts.items()}
     try:
-        return method.Params.model_validate(values, context=context)
-    except ValidationError as error:
-        # A field of text given as `2`, `no` or `2024-01-01`: quotes within a shell's quotes are not asked of anyone.
-        quoted = {str(one["loc"][0]) for one in error.errors() if one["type"] in ("string_type", "literal_error")}
-    try:
-        retried = {name: texts[name] if name in quoted else value for name, value in values.items()}
-        return method.Params.model_validate(retried, context=context)
+        return method.Params.model_validate(
+            values, context={"resolve": resolver if resolver is not None else references.in_process()}
+        )
     except ValidationError as error:
         missing = {str(one["loc"][0]) for one in error.errors() if one["type"] == "missing" and len(one["loc"]) == 1}
         raise BadSweep(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -87,17 +87,40 @@ def _must(kind: str, context: Mapping[str, Any], given: Any) -> str | None:
 
 
 def short(value: Any) -> str:
-    """A value in a few characters: text in quotes, long things cut."""
-    text = repr(value) if isinstance(value, str | int | float) or value is None else _plain(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    """A value in a few characters: text in quotes, long things cut. No more of it is looked at than is shown."""
+    text = ""
+    for piece in _pieces(value, quoted=True):
+        text += piece
+        if len(text) > _LONGEST:
+            return text[: _LONGEST - 3] + "..."
+    return text
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {_plain(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_plain, value)) + "]"
-    return str(value)
+def _pieces(value: Any, quoted: bool = False) -> Iterator[str]:
+    if isinstance(value, str):
+        start = value[: _LONGEST + 1]
+        yield repr(start) if quoted else start
+    elif isinstance(value, Mapping):
+        yield "{"
+        for place, (name, item) in enumerate(value.items()):
+            yield f"{', ' if place else ''}{str(name)[: _LONGEST + 1]}: "
+            yield from _pieces(item)
+        yield "}"
+    elif isinstance(value, list | tuple):
+        yield "["
+        for place, item in enumerate(value):
+            yield ", " if place else ""
+            yield from _pieces(item)
+        yield "]"
+    elif isinstance(value, int) and value.bit_length() > 14_000:  # Python writes no more than 4,300 digits
+        yield "a number of thousands of digits"
+    else:
+        yield repr(value) if quoted and isinstance(value, int | float) else str(value)
+
+
+def counted(number: int, word: str) -> str:
+    """`1 job`, `1,000 jobs`."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
