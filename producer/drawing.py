@@ -116,8 +116,8 @@ def draw(figure: Figure, path: Path | str) -> Path:
     """
     path = Path(path)
     writers: dict[str, Callable[[dict[str, Any]], bytes]] = {
-        ".png": _to_png,
-        ".svg": _to_svg,
+        ".png": to_png,
+        ".svg": to_svg,
         ".json": lambda specification: json.dumps(specification, allow_nan=False).encode(),
     }
     writer = writers.get(path.suffix.lower())
@@ -134,13 +134,15 @@ def draw(figure: Figure, path: Path | str) -> Path:
     return path
 
 
-def _to_png(specification: dict[str, Any]) -> bytes:
+def to_png(specification: dict[str, Any]) -> bytes:
+    """A PNG file of a Vega-Lite specification, two pixels a point."""
     import vl_convert  # takes a second
 
     return vl_convert.vegalite_to_png(specification, vl_version=VEGA_LITE, scale=2)
 
 
-def _to_svg(specification: dict[str, Any]) -> bytes:
+def to_svg(specification: dict[str, Any]) -> bytes:
+    """An SVG file of a Vega-Lite specification."""
     import vl_convert
 
     return vl_convert.vegalite_to_svg(specification, vl_version=VEGA_LITE).encode()

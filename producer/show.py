@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from netassay.errors import UserError
+from producer.wording import counted as counted
 
 if TYPE_CHECKING:
     from netassay.job import Record
     from netassay.store.database import Database
     from netassay.store.reading import Progress
+    from producer.doctor import Check
 
 #: Columns of what is written to a file or a pipe, where there is no window to fit.
 PIPE_WIDTH = 160
@@ -36,7 +40,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence
     for column in columns:
         result.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        result.add_row(*map(str, row))
+        # As text: what a user called something must not be taken for markup.
+        result.add_row(*(item if isinstance(item, Text) else Text(str(item)) for item in row))
     return result
 
 
@@ -61,7 +66,7 @@ def size(number: float) -> str:
 
 def batch_line(batch: Progress) -> str:
     """One batch in words: `digits: 5,373 jobs, 5,370 done, 3 failed; finished`."""
-    parts = [f"{batch.size:,} jobs", f"{batch.done:,} done"]
+    parts = [counted(batch.size, "job"), f"{batch.done:,} done"]
     parts += [f"{batch.not_applicable:,} not applicable"] if batch.not_applicable else []
     parts += [f"{batch.failed:,} failed"] if batch.failed else []
     parts += [f"{batch.running:,} running"] if batch.running else []
@@ -71,8 +76,58 @@ def batch_line(batch: Progress) -> str:
     return f"{batch.name}: {', '.join(parts)}; {batch.state}{reason}"
 
 
+def batch_table(batches: Iterable[Progress]) -> Table:
+    """Batches as rows; columns that say nothing of any of them are left out."""
+    counts = ("jobs", "done", "not applicable", "failed", "running", "waiting")
+    shown = []
+    for batch in batches:
+        numbers = (batch.size, batch.done, batch.not_applicable, batch.failed, batch.running, batch.waiting)
+        cells = dict(zip(counts, (f"{number:,}" if number else "" for number in numbers), strict=True))
+        state = f"{batch.state} ({cell(batch.reason)})" if batch.reason else batch.state
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.submitted_at))
+        weight = "" if batch.weight == 1 else f"{batch.weight:g}"
+        shown.append(
+            {
+                "batch": batch.name,
+                **cells,
+                "state": state,
+                "weight": weight,
+                "submitted": when,
+                "note": cell(batch.note),
+            }
+        )
+    always = ("batch", "jobs", "done", "state")
+    columns = [name for name in (shown[0] if shown else always) if name in always or any(row[name] for row in shown)]
+    return table(columns, [[row[name] for name in columns] for row in shown], right=(*counts, "weight"))
+
+
+_COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red", "unknown": "dim"}
+
+
+def check_table(checks: Iterable[Check]) -> Table:
+    """What a doctor saw, a row a check; what mends it stands below what was found."""
+    rows = []
+    for check in checks:
+        words = Text(check.found)
+        if check.mend:
+            words.append(f"\n-> {check.mend}", style="bold")
+        rows.append((check.name, Text(check.state, style=_COLOURS[check.state]), words))
+    return table(("what", "state", "found"), rows)
+
+
 def watch(database: Database, name: str, timeout: float | None = None) -> Progress:
     """Show a batch's progress until it is over or paused, or for `timeout` seconds. Returns how it stood last."""
+    return follow(database, [name], timeout, console)[0]
+
+
+def follow(
+    database: Database, names: Sequence[str], timeout: float | None = None, on: Console | None = None
+) -> list[Progress]:
+    """Wait until all these batches are over or paused, or for `timeout` seconds. Returns how they stood last.
+
+    on: where a bar each is shown; nothing is said without it. Raises NoSuchBatch before it waits for any.
+    """
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
@@ -80,37 +135,56 @@ def watch(database: Database, name: str, timeout: float | None = None) -> Progre
     from netassay.store.database import Outage
 
     began = moved = time.monotonic()
-    batch = reading.progress(database, name)
-    first = batch.ended
+    seen = {name: reading.progress(database, name) for name in names}
+    first = {name: batch.ended for name, batch in seen.items()}
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
     )
-    with Bars(*columns, console=console) as bars:
-        bar = bars.add_task(name, total=batch.size, completed=batch.ended, note="")
+    told = False
+    with Bars(*columns, console=on or errors, disable=on is None, expand=True) as bars:
+        rows = {
+            name: bars.add_task(escape(name), total=batch.size, completed=batch.ended, note="")
+            for name, batch in seen.items()
+        }
         while True:
             passed = time.monotonic() - began
-            rate = (batch.ended - first) / passed if passed > 0.5 else 0.0
-            note = f"{rate:,.0f}/s" if rate else ""
-            if rate and batch.waiting and batch.state == "open":
-                note += f", {duration((batch.size - batch.ended) / rate)} left"
-            note += f", [red]{batch.failed:,} failed[/red]" if batch.failed else ""
-            note += f" [yellow]{batch.state}[/yellow]" if batch.state in ("paused", "cancelled") else ""
-            bars.update(bar, completed=batch.ended, note=note)
-            if batch.resting or (timeout is not None and passed > timeout):
-                return batch
+            for name, batch in seen.items():
+                rate = (batch.ended - first[name]) / passed if passed > 0.5 else 0.0
+                bars.update(rows[name], completed=batch.ended, note=_note(batch, rate))
+            if all(batch.resting for batch in seen.values()) or (timeout is not None and passed > timeout):
+                return list(seen.values())
             time.sleep(0.1 if passed < 5 else 0.3)
             try:
-                before, batch = batch, reading.progress(database, name)
-                moved = time.monotonic() if batch.ended != before.ended else moved
-                if time.monotonic() - moved > QUIET_SECONDS and not reading.workers(database):
-                    bars.update(bar, note="[yellow]no worker runs; start one with: netassay up[/yellow]")
-                    time.sleep(1.0)
+                before = sum(batch.ended for batch in seen.values())
+                seen = {n: b if b.resting else reading.progress(database, n) for n, b in seen.items()}
+                if sum(batch.ended for batch in seen.values()) != before:
+                    moved = time.monotonic()
+                elif time.monotonic() - moved > QUIET_SECONDS and not reading.workers(database):
+                    if on is not None and not told and not on.is_terminal:
+                        print("no worker runs; start one with: netassay up", file=sys.stderr)
+                    told = True
+                    for row in rows.values():
+                        bars.update(row, note="[yellow]no worker runs; start one with: netassay up[/yellow]")
+                    time.sleep(min(1.0, max(0.0, timeout - passed)) if timeout is not None else 1.0)
             except Outage as error:
-                bars.update(bar, note=f"[yellow]the store does not answer ({error.orig})[/yellow]")
+                words = escape(str(error.orig).strip())
+                for row in rows.values():
+                    bars.update(row, note=f"[yellow]the store does not answer ({words})[/yellow]")
+
+
+def _note(batch: Progress, rate: float) -> str:
+    """What stands beside a batch's bar; rate: jobs a second."""
+    if batch.over:
+        return f"[red]{batch.failed:,} failed[/red]" if batch.failed else ""
+    note = f"{rate:,.0f}/s" if rate >= 1 else f"{rate:.2g}/s" if rate else ""
+    if rate and batch.waiting and batch.state == "open":
+        note += f", {duration((batch.size - batch.ended) / rate)} left"
+    note += f", [red]{batch.failed:,} failed[/red]" if batch.failed else ""
+    return note + (f" [yellow]{batch.state}[/yellow]" if batch.state in ("paused", "cancelled") else "")
 
 
 def flat(record: Record) -> dict[str, Any]:

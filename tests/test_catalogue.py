@@ -11,6 +11,7 @@ import pytest
 
 import netassay.methods
 from netassay import catalogue
+from netassay.errors import UserError
 
 METHOD = '''"""{claim}"""
 from netassay.method import Contract
@@ -105,3 +106,54 @@ def test_an_entry_point_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
         assert catalogue.claim("other.echo") == catalogue.claim("diagnostics.echo")
     finally:
         catalogue._sources.cache_clear()
+
+
+def points(monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
+    found = [importlib.metadata.EntryPoint("other.echo", module, catalogue.GROUP) for module in modules.values()]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: found)
+    catalogue._sources.cache_clear()
+
+
+def test_two_packages_with_a_method_of_one_name_give_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    points(monkeypatch, one="netassay.methods.diagnostics.echo", other="netassay.methods.diagnostics.sleep")
+    try:
+        assert "other.echo" not in catalogue.names()
+        assert "both give a method of this name" in catalogue.broken()["other.echo"]
+        with pytest.raises(catalogue.BrokenMethod, match=r"other\.echo cannot be used"):
+            catalogue.get("other.echo")
+        assert catalogue.get("diagnostics.echo").version == 1
+    finally:
+        catalogue._sources.cache_clear()
+
+
+def test_the_same_entry_point_found_twice_is_one_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    points(monkeypatch, one="netassay.methods.diagnostics.echo", again="netassay.methods.diagnostics.echo")
+    try:
+        assert "other.echo" in catalogue.names()
+        assert catalogue.broken() == {}
+    finally:
+        catalogue._sources.cache_clear()
+
+
+def test_folders_given_by_a_program_stand_in_for_those_of_the_environment(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    (other / "theirs").mkdir(parents=True)
+    (other / "theirs" / "increment.py").write_text(METHOD.format(claim="Another one."))
+    with catalogue.using(str(other)):
+        assert {"theirs.increment"} == {name for name in catalogue.names() if name.endswith("increment")}
+        with pytest.raises(catalogue.UnknownMethod):
+            catalogue.get("mine.increment")
+    assert "mine.increment" in catalogue.names()
+    with catalogue.using(""):
+        assert "mine.increment" in catalogue.names()
+
+
+def test_errors_that_a_user_can_mend_are_told_as_such(folder: Path) -> None:
+    (folder / "mine" / "raises.py").write_text('"""One that raises."""\nraise OSError(5, "no such device")\n')
+    with pytest.raises(UserError, match=r"OSError: .*no such device \(in .*raises\.py, line 2\); mend its module"):
+        catalogue.get("mine.raises")
+    (folder / "diagnostics").mkdir()
+    (folder / "diagnostics" / "echo.py").write_text(METHOD.format(claim="Another echo."))
+    catalogue._sources.cache_clear()
+    with pytest.raises(UserError, match="rename one"):
+        catalogue.names()

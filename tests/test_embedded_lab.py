@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from labs import Lab, alive, embedded, require_redis, until, variables
+from labs import Lab, alive, embedded, until, variables
+from services import require_redis
 
 from netassay.settings import Settings
 from netassay.store import control
