@@ -17,6 +17,8 @@ from pathlib import Path
 POINTS = (
     "submit.arriving",  # jobs written, batch not open yet
     "submit.opened",  # batch open and synced, nothing printed yet
+    "import.arriving",  # jobs and records of one batch of a file written, batch not open yet
+    "import.opened",  # one batch of a file open and synced, the next not begun
     "dispatch.marked",  # chunk marked published, message not sent
     "dispatch.sent",  # message sent
     "worker.popped",  # message taken and acknowledged, chunk not claimed

@@ -14,6 +14,7 @@ What a person can mend is raised as a `netassay.errors.UserError`, with the same
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
     from producer.submission import What
     from producer.sweeps import RowError
 
-#: How often a batch that does not move is asked whether anybody works on it.
-QUIET_SECONDS = 3.0
-#: How often a waiting process looks: at first, and when it has waited for `_SOON` seconds.
-_TICK, _LATER_TICK, _SOON = 0.1, 0.3, 5.0
 #: A mistake in a row is shown so often in the warning about rows that were left out.
 _SHOWN = 5
 
@@ -79,56 +76,24 @@ class Batch:
         bar: show a bar, on standard error or in the notebook. Ctrl-C, or a notebook's stop button, ends the waiting and
         not the batch. An outage of the store is waited out.
         """
-        from producer import notebook
+        try:
+            return self._wait(timeout, bar)
+        except KeyboardInterrupt:
+            print(f"no longer waiting; {self.name} goes on (to end it: cancel)", file=sys.stderr, flush=True)
+            raise
+
+    def _wait(self, timeout: float | None, bar: bool) -> Progress:
+        from netassay.store import reading
+        from producer import following, notebook
 
         with _store(self.settings) as database, notebook.bar(bar) as shown:
-            try:
-                return self._wait(database, shown, timeout)
-            except KeyboardInterrupt:
-                shown.say(f"no longer waiting; {self.name} goes on (to end it: cancel)")
-                raise
-
-    def _wait(self, database: Database, shown: Any, timeout: float | None) -> Progress:
-        from netassay.store import reading
-        from netassay.store.database import Outage
-        from producer.notebook import Pace
-
-        began = look = time.monotonic()
-        progress = reading.progress(database, self.name)
-        pace, ended, said = Pace(progress), progress.ended, False
-        while True:
-            now = time.monotonic()
-            if progress.resting or (timeout is not None and now - began >= timeout):
-                failures = reading.failures(database, self.name) if progress.failed else ()
-                shown.show(progress, pace.words(progress), failures)
-                if progress.state == "paused":
-                    reason = f" ({progress.reason})" if progress.reason else ""
-                    shown.say(f"{self.name} is paused{reason}; go on with its resume(), then wait() again")
-                return progress
-            shown.show(progress, pace.words(progress))
-            if now >= look and not said:
-                if progress.ended == ended and (words := self._why_quiet()):
-                    shown.say(words)
-                    said = True
-                look, ended = now + QUIET_SECONDS, progress.ended
-            tick = _TICK if now - began < _SOON else _LATER_TICK
-            time.sleep(tick if timeout is None else min(tick, max(0.0, began + timeout - now)))
-            with contextlib.suppress(*Outage):
-                progress = reading.progress(database, self.name)
-
-    def _why_quiet(self) -> str:
-        """Why nothing happens, where that is known."""
-        from netassay.store.database import Outage
-        from producer import lab
-
-        with contextlib.suppress(*Outage):
-            if not lab.anybody_works(self.settings):
-                where = " on a host of the cluster" if lab.on_cluster(self.settings) else ""
-                return (
-                    f"{self.name} waits, and no worker runs; start a lab{where}: producer.up(), or on a command line "
-                    "netassay up"
-                )
-        return ""
+            (last,) = following.show(following.follow(database, self.settings, [self.name], timeout), shown)
+            if last.resting:
+                shown.show(last, "", reading.failures(database, self.name) if last.failed else ())
+            if last.state == "paused":
+                reason = f" ({last.reason})" if last.reason else ""
+                shown.say(f"{self.name} is paused{reason}; go on with its resume(), then wait() again")
+            return last
 
     def frame(self, arrays: bool = False, pandas: bool = False) -> Any:
         """Its records as a Polars frame, params and results as typed columns (see `producer.frames`).
@@ -446,14 +411,14 @@ def running_lab(slots: int = 0, *, flower: bool = False, settings: Settings | No
 def status(*, settings: Settings | None = None) -> Status:
     """What runs: the lab, its workers, the batches."""
     from netassay.store import reading
-    from netassay.store.database import Database
     from producer import lab
 
     config = _config(settings)
     described = lab.Place(config.root).described()
-    if not Database(config.store_url).exists():
-        return Status(described, [], [])
-    with _store(config) as database:
+    with lab.records_of(config) as database:
+        if not database.exists():
+            return Status(described, [], [])
+        database.prepare()
         return Status(described, reading.workers(database), reading.batches(database))
 
 

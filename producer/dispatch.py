@@ -20,7 +20,7 @@ import structlog
 
 from netassay import faults
 from netassay.settings import Settings, settings
-from netassay.store import dispatching, submission
+from netassay.store import arriving, dispatching
 from netassay.store.database import Database, Outage
 
 log = structlog.get_logger("netassay.dispatch")
@@ -234,7 +234,7 @@ class Dispatcher:
         dispatching.finish_batches(self.database)
         if self._looked - self._tidied >= TIDYING_SECONDS:
             self._tidied = self._looked
-            submission.discard_abandoned(self.database)
+            arriving.discard_abandoned(self.database)
 
     def _publish(self, slots: int) -> bool:
         """Fill Redis up, batch by batch: the next chunk is of the batch that has had least for its weight."""

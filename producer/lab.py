@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import psutil
 
-from netassay.errors import UserError
+from netassay.errors import NoAnswer, UserError
 from netassay.settings import Settings, masked, settings
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ _CELERY = (*PYTHON, "-m", "celery", "--app", "worker.app", "--quiet")
 
 class LabError(UserError):
     """The lab cannot be started or reached; the message says what to try."""
+
+
+class LabOutage(LabError, NoAnswer):
+    """The broker or the store of the lab does not answer, or refuses us."""
 
 
 def redis_binary() -> str:
@@ -101,16 +105,18 @@ def on_cluster(config: Settings) -> bool:
     return bool(config.broker) or not config.store_url.startswith("sqlite")
 
 
-def anybody_works(config: Settings) -> bool:
-    """Whether what is submitted runs at once: the lab of this folder is up, or a worker of the cluster is alive."""
+def anybody_works(config: Settings, database: Database) -> bool:
+    """Whether what is submitted runs at once: the lab of this folder is up, or a worker of the cluster is alive.
+
+    database: the records of `config`.
+    """
     if Place(config.root).described():
         return True
     if not on_cluster(config):
         return False
     from netassay.store import reading
 
-    with records_of(config) as database:
-        return bool(reading.workers(database))
+    return bool(reading.workers(database))
 
 
 @contextlib.contextmanager
@@ -434,7 +440,7 @@ def within(seconds: float, action: Callable[[], Any], complaint: str) -> Any:
     thread.start()
     thread.join(seconds)
     if not ended:
-        raise LabError(complaint)
+        raise LabOutage(complaint)
     value, error = ended[0]
     if error is not None:
         raise error
@@ -460,9 +466,9 @@ def reach_broker(url: str, seconds: float = REACH_SECONDS) -> Any:
             f"NETASSAY_BROKER is no address of a Redis: {shown} ({error}); give redis://user:password@host:6379/0"
         ) from None
     except redis.AuthenticationError as error:
-        raise LabError(f"the broker {shown} refuses us: {error}; mend user and password in NETASSAY_BROKER") from None
+        raise LabOutage(f"the broker {shown} refuses us: {error}; mend user and password in NETASSAY_BROKER") from None
     except (redis.RedisError, OSError) as error:
-        raise LabError(
+        raise LabOutage(
             f"the broker {shown} does not answer: {error}; see that it runs and that NETASSAY_BROKER is right"
         ) from None
     return client

@@ -9,7 +9,6 @@ import base64
 import html
 import struct
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
     from netassay.figure import Figure
     from netassay.store.reading import FailureGroup, Progress
 
@@ -26,7 +28,7 @@ _MESSAGE = 200
 
 
 class Bar(Protocol):
-    """Shows how a batch stands, for the time of a `with` block."""
+    """Shows how batches stand, for the time of a `with` block."""
 
     def __enter__(self) -> Self: ...
 
@@ -36,19 +38,21 @@ class Bar(Protocol):
         """Leave what was shown last."""
 
     def show(self, progress: Progress, pace: str, failures: Sequence[FailureGroup] = ()) -> None:
-        """The batch as it stands now."""
+        """One of the batches as it stands now."""
 
     def say(self, words: str) -> None:
         """A line that stays."""
 
 
 def bar(wanted: bool) -> Bar:
-    """The bar for where this process shows things; a silent one where there is no terminal, or none is wanted."""
+    """The bar for where this process shows things; a silent one where none is wanted."""
     if not wanted:
-        return _Silent()
+        return Silent()
     if in_notebook():
         return _Notebook()
-    return _Terminal() if sys.stderr.isatty() else _Silent()
+    from producer.show import errors
+
+    return Terminal(errors)  # standard error: what a script prints stays clean
 
 
 def in_notebook() -> bool:
@@ -59,7 +63,12 @@ def in_notebook() -> bool:
     return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)
 
 
-class _Silent:
+@dataclass(frozen=True)
+class Silent:
+    """Shows nothing; what is said goes to standard error, or nowhere."""
+
+    says: bool = True
+
     def __enter__(self) -> Self:
         return self
 
@@ -70,16 +79,15 @@ class _Silent:
         return
 
     def say(self, words: str) -> None:
-        print(words, file=sys.stderr, flush=True)
+        if self.says:
+            print(words, file=sys.stderr, flush=True)
 
 
-class _Terminal:
-    """Rich's bar, on standard error: what a script prints stays clean."""
+class Terminal:
+    """Rich's bars, one a batch; where the console is no terminal, what is said and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        from producer.show import errors
 
         # The names of batches are text, not Rich's markup.
         self._bars = Progress(
@@ -88,9 +96,10 @@ class _Terminal:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
-            console=errors,
+            console=console,
+            disable=not console.is_terminal,
         )
-        self._bar: Any = None
+        self._rows: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -103,10 +112,11 @@ class _Terminal:
         notes = [pace] if pace else []
         notes += [f"{progress.failed:,} failed"] if progress.failed else []
         notes += [progress.state] if progress.state in ("paused", "cancelled") else []
-        if self._bar is None:
-            self._bar = self._bars.add_task(progress.name, total=progress.size, note="")
+        if progress.name not in self._rows:
+            self._rows[progress.name] = self._bars.add_task(progress.name, total=progress.size, note="")
         # The size of a batch grows when jobs are appended to it.
-        self._bars.update(self._bar, total=progress.size, completed=progress.ended, note=", ".join(notes))
+        row = self._rows[progress.name]
+        self._bars.update(row, total=progress.size, completed=progress.ended, note=", ".join(notes))
 
     def say(self, words: str) -> None:
         self._bars.console.print(words, markup=False, highlight=False, soft_wrap=True)
@@ -142,23 +152,6 @@ class _Notebook:
             self._shown = display(HTML(text), display_id=True)
         else:
             self._shown.update(HTML(text))
-
-
-class Pace:
-    """How fast a batch goes, from how it stood when this was made."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._began, self._first = time.monotonic(), progress.ended
-
-    def words(self, progress: Progress) -> str:
-        """`230/s, 12.5 s left`; empty where nothing can be said yet, or nothing more happens."""
-        from producer.show import duration
-
-        passed = time.monotonic() - self._began
-        rate = (progress.ended - self._first) / passed if passed > 0.5 else 0.0
-        if rate <= 0 or progress.resting or progress.state != "open":
-            return ""
-        return f"{rate:,.3g}/s, {duration((progress.size - progress.ended) / rate)} left"
 
 
 def batch_html(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from netassay.errors import UserError
-from producer.wording import counted as counted
+from producer.wording import counted
 
 if TYPE_CHECKING:
     from netassay.job import Record
-    from netassay.store.database import Database
     from netassay.store.reading import Progress
     from producer.doctor import Check
 
@@ -43,25 +41,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence
         # As text: what a user called something must not be taken for markup.
         result.add_row(*(item if isinstance(item, Text) else Text(str(item)) for item in row))
     return result
-
-
-def duration(seconds: float) -> str:
-    """`850 ms`, `12.3 s`, `4 min 05 s`, `3 h 20 min`."""
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
-
-
-def size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 def batch_line(batch: Progress) -> str:
@@ -115,98 +94,22 @@ def check_table(checks: Iterable[Check]) -> Table:
     return table(("what", "state", "found"), rows)
 
 
-def watch(database: Database, name: str, timeout: float | None = None) -> Progress:
-    """Show a batch's progress until it is over or paused, or for `timeout` seconds. Returns how it stood last."""
-    return follow(database, [name], timeout, console)[0]
-
-
-def follow(
-    database: Database, names: Sequence[str], timeout: float | None = None, on: Console | None = None
-) -> list[Progress]:
-    """Wait until all these batches are over or paused, or for `timeout` seconds. Returns how they stood last.
-
-    on: where a bar each is shown; nothing is said without it. Raises NoSuchBatch before it waits for any.
-    """
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    from netassay.store import reading
-    from netassay.store.database import Outage
-
-    began = moved = time.monotonic()
-    seen = {name: reading.progress(database, name) for name in names}
-    first = {name: batch.ended for name, batch in seen.items()}
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-    )
-    told = False
-    with Bars(*columns, console=on or errors, disable=on is None, expand=True) as bars:
-        rows = {
-            name: bars.add_task(escape(name), total=batch.size, completed=batch.ended, note="")
-            for name, batch in seen.items()
-        }
-        while True:
-            passed = time.monotonic() - began
-            for name, batch in seen.items():
-                rate = (batch.ended - first[name]) / passed if passed > 0.5 else 0.0
-                bars.update(rows[name], completed=batch.ended, note=_note(batch, rate))
-            if all(batch.resting for batch in seen.values()) or (timeout is not None and passed > timeout):
-                return list(seen.values())
-            time.sleep(0.1 if passed < 5 else 0.3)
-            try:
-                before = sum(batch.ended for batch in seen.values())
-                seen = {n: b if b.resting else reading.progress(database, n) for n, b in seen.items()}
-                if sum(batch.ended for batch in seen.values()) != before:
-                    moved = time.monotonic()
-                elif time.monotonic() - moved > QUIET_SECONDS and not reading.workers(database):
-                    if on is not None and not told and not on.is_terminal:
-                        print("no worker runs; start one with: netassay up", file=sys.stderr)
-                    told = True
-                    for row in rows.values():
-                        bars.update(row, note="[yellow]no worker runs; start one with: netassay up[/yellow]")
-                    time.sleep(min(1.0, max(0.0, timeout - passed)) if timeout is not None else 1.0)
-            except Outage as error:
-                words = escape(str(error.orig).strip())
-                for row in rows.values():
-                    bars.update(row, note=f"[yellow]the store does not answer ({words})[/yellow]")
-
-
-def _note(batch: Progress, rate: float) -> str:
-    """What stands beside a batch's bar; rate: jobs a second."""
-    if batch.over:
-        return f"[red]{batch.failed:,} failed[/red]" if batch.failed else ""
-    note = f"{rate:,.0f}/s" if rate >= 1 else f"{rate:.2g}/s" if rate else ""
-    if rate and batch.waiting and batch.state == "open":
-        note += f", {duration((batch.size - batch.ended) / rate)} left"
-    note += f", [red]{batch.failed:,} failed[/red]" if batch.failed else ""
-    return note + (f" [yellow]{batch.state}[/yellow]" if batch.state in ("paused", "cancelled") else "")
-
-
 def flat(record: Record) -> dict[str, Any]:
     """A record as one row of plain values: job, params, results; arrays by their shape."""
     row: dict[str, Any] = {"job": record.key[:12], "method": record.method, "state": record.state}
     for name in record.params:
         row[name] = record.name(name) if isinstance(record.params[name], str) else record.params[name]
     for name, value in (record.result or {}).items():
-        row[name if name not in row else f"result.{name}"] = _plain(value)
+        row[name if name not in row else f"result.{name}"] = plain(value)
     row["seconds"] = record.seconds
     row["cause"], row["message"] = record.cause, record.message
     return row
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Mapping) and "array" in value and "dtype" in value:
         return f"array {'x'.join(map(str, value['shape']))}"
     return value
-
-
-#: A batch that has not moved for so long may have nobody who works on it.
-QUIET_SECONDS = 3.0
 
 
 class NoSuchColumn(UserError, LookupError):

@@ -133,3 +133,24 @@ def unknown_field(field: str, model: type[BaseModel], owner: str) -> str:
     """What to say of a field that a method or recipe does not have."""
     known = list(model.model_fields)
     return f"is not a parameter of {owner}{nearest(field, known)} (it takes: {', '.join(known) or 'none'})"
+
+
+def duration(seconds: float) -> str:
+    """`850 ms`, `12.3 s`, `4 min 05 s`, `3 h 20 min`."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    seconds = round(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def size(number: float) -> str:
+    """`850 B`, `12.3 MB`: a number of bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

@@ -27,7 +27,7 @@ from netassay.settings import Settings
 from netassay.store.control import NoSuchBatch
 from netassay.store.database import StoreError
 from netassay.store.submission import NameTaken
-from producer import client, notebook
+from producer import client, following, notebook
 from producer.notebook import Drawing
 from producer.submission import CannotSubmit
 from producer.sweeps import BadSweep
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_batch(lab: Lab) -> None:
 def test_waiting_without_a_lab_says_once_how_to_start_one(
     here: Settings, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(following, "QUIET_SECONDS", 0.2)
     batch = producer.submit([{"value": 1}], "alone", method="diagnostics.echo", settings=here)
     assert not batch.wait(timeout=1.5).over
     said = capfd.readouterr().err

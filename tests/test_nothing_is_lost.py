@@ -216,6 +216,7 @@ def test_a_process_that_dies_at_any_point_of_a_jobs_way_loses_no_job(
 def test_every_point_where_a_process_can_be_made_to_die_is_tried() -> None:
     tried = {"submit.arriving", "submit.opened", "dispatch.marked", "dispatch.sent"}
     tried |= {"worker.popped", "worker.claimed", "worker.computed", "worker.committed"}
+    tried |= {"import.arriving", "import.opened"}  # by test_transfer
     assert tried == set(faults.POINTS)
 
 
@@ -322,7 +323,7 @@ def test_a_hail_of_kills_loses_nothing(seed: int, kind: str) -> None:
 
 def test_progress_of_a_batch_is_seen_while_it_runs(lab: Lab) -> None:
     """The oracle's own tooth: it says of jobs on their way that they have not ended."""
-    lab.submit("seen", lab.entry("diagnostics.sleep", {"seconds": 1.0}, grid={"tag": {"range": [90_000, 90_004]}}))
+    lab.submit("seen", lab.entry("diagnostics.sleep", {"seconds": 3.0}, grid={"tag": {"range": [90_000, 90_004]}}))
     assert len([one for one in lab.violations("seen") if "never ended" in one]) == 4
     lab.wait("seen")
     assert lab.violations("seen") == []

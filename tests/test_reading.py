@@ -17,7 +17,7 @@ from sqlalchemy import event
 from store_by_hand import done, drain, failed, finish, jobs, number_of, sign_on, submit, take
 
 from netassay.job import key_of
-from netassay.store import reading, running, submission
+from netassay.store import arriving, reading, running, submission
 from netassay.store.control import NoSuchBatch
 from netassay.store.database import Database
 from netassay.store.reading import NoSuchMethod, NoSuchNetwork, Query
@@ -145,8 +145,8 @@ def test_states_causes_and_times(database: Database) -> None:
 
 def test_what_is_still_arriving_is_not_seen(database: Database) -> None:
     submit(database, "a", jobs(range(3)))
-    order = submission._Order(database, "b", [jobs(range(9))], {}, 1.0, "", False, lambda share: None)
-    arrival = submission._Arrival(database, order.segments, order.progress, submission._arrive(order, b"", 9), 0, {})
+    batch_id = arriving.begin(database, "b", b"", 9)
+    arrival = arriving.Arrival(database, [jobs(range(9))], lambda share: None, batch_id, 0, {})
     arrival.write_jobs()
     arrival.write_memberships()
     assert numbers(database) == [0, 1, 2]

@@ -130,22 +130,23 @@ def test_segments_keep_methods_and_limits_apart_and_entries_together() -> None:
 def test_a_methods_group_answer_keeps_jobs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "parity.py").write_text(
-        '"""Parity."""\nfrom netassay.method import Contract\nVERSION = 1\nEXAMPLE = {}\n'
-        "class Params(Contract):\n    x: int = 0\n    dataset: str = 'a'\nclass Result(Contract):\n    x: int\n"
+        '"""Parity."""\nfrom netassay.fields import DatasetRef\nfrom netassay.method import Contract\n'
+        "VERSION = 1\nEXAMPLE = {}\n"
+        "class Params(Contract):\n    x: int = 0\n    dataset: DatasetRef = 'iris'\nclass Result(Contract):\n    x: int\n"
         "def run(params): return Result(x=params.x)\ndef group(params): return str(params.x % 2)\n"
     )
     monkeypatch.setenv("NETASSAY_METHODS", str(tmp_path))
-    prepared = prepare("jobs: {method: mine.parity, grid: {x: {range: [0, 4]}, dataset: [a, b]}}")
+    prepared = prepare("jobs: {method: mine.parity, grid: {x: {range: [0, 4]}, dataset: [iris, wine]}}")
     catalogue._sources.cache_clear()
     assert [
         [(json.loads(text)["x"], json.loads(text)["dataset"]) for text in part.params] for part in prepared.segments
     ] == [
-        [(0, "a"), (2, "a")],
-        [(0, "b"), (2, "b")],
-        [(1, "a"), (3, "a")],
-        [(1, "b"), (3, "b")],
+        [(0, "iris"), (2, "iris")],
+        [(0, "wine"), (2, "wine")],
+        [(1, "iris"), (3, "iris")],
+        [(1, "wine"), (3, "wine")],
     ]
-    assert [part.group for part in prepared.segments] == ["a", "b", "a", "b"]
+    assert [part.group for part in prepared.segments] == ["iris", "wine", "iris", "wine"]
 
 
 @pytest.mark.parametrize(

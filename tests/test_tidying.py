@@ -16,7 +16,7 @@ from sqlalchemy import text
 from store_by_hand import audit_at_rest, builder, drain, jobs, rows, sign_on, submit
 
 from netassay.job import key_of
-from netassay.store import submission, tidying
+from netassay.store import arriving, submission, tidying
 from netassay.store.artifacts import Artifacts
 from netassay.store.database import Database
 from netassay.store.running import Outcome
@@ -44,9 +44,8 @@ def age(artifacts: Artifacts, days: float = 2) -> None:
 
 def arrive(database: Database, name: str, segment: Segment, hours: float = 0) -> int:
     """A submission up to the moment before it opens."""
-    order = submission._Order(database, name, [segment], {}, 1.0, "", False, lambda share: None)
-    batch_id = submission._arrive(order, b"d" * 16, len(segment.keys))
-    arrival = submission._Arrival(database, [segment], order.progress, batch_id, 0, {})
+    batch_id = arriving.begin(database, name, b"d" * 16, len(segment.keys))
+    arrival = arriving.Arrival(database, [segment], lambda share: None, batch_id, 0, {})
     arrival.write_jobs()
     arrival.write_memberships()
     with database.write() as connection:
@@ -130,12 +129,12 @@ def test_a_file_kept_again_between_the_look_and_the_removal_stays(
 
 def test_jobs_stay_while_a_batch_arrives(database: Database, artifacts: Artifacts) -> None:
     digest = artifacts.put(b"of a job that may be found again")
-    submission.discard(database, arrive(database, "refused", naming(f"onnx:{digest}")))
+    arriving.discard(database, arrive(database, "refused", naming(f"onnx:{digest}")))
     age(artifacts)
-    arriving = arrive(database, "on its way", jobs(range(3)))
+    on_its_way = arrive(database, "on its way", jobs(range(3)))
     removed = tidying.remove(database, artifacts)
     assert (removed.jobs, removed.jobs_kept, removed.artifacts) == (0, 1, ())
-    submission.discard(database, arriving)
+    arriving.discard(database, on_its_way)
     removed = tidying.remove(database, artifacts)
     assert (removed.jobs, removed.jobs_kept, [one for one, _ in removed.artifacts]) == (4, 0, [digest])
 
@@ -163,7 +162,7 @@ def test_submissions_at_the_same_time_lose_nothing(database: Database, artifacts
     try:
         for number in range(30):
             before = sum(removed)
-            submission.discard(database, arrive(database, "refused", jobs(range(number * 100, number * 100 + 20))))
+            arriving.discard(database, arrive(database, "refused", jobs(range(number * 100, number * 100 + 20))))
             if number % 3 == 0:  # nothing arrives now: the collector has its way
                 wait_until(lambda before=before: sum(removed) > before)
             size = 20 - number % 7

@@ -35,7 +35,7 @@ from store_by_hand import (
 )
 
 from netassay.job import key_of
-from netassay.store import control, dispatching, reading, running, submission, transfer
+from netassay.store import arriving, control, dispatching, reading, running, submission, transfer
 from netassay.store.artifacts import Artifacts
 from netassay.store.database import Database
 from netassay.store.running import Death, Outcome, Task
@@ -267,7 +267,7 @@ def test_a_killed_import_shows_whole_batches_only_and_the_next_one_does_the_rest
         assert (brought.batches, brought.skipped) == (2 - there, there)
         with cluster.write() as connection:
             connection.execute(text("UPDATE batch SET submitted_at = 0 WHERE state = 'arriving'"))
-        submission.discard_abandoned(cluster)
+        arriving.discard_abandoned(cluster)
         assert contents(cluster) == contents(laptop)
         audit(cluster)
 

@@ -25,7 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import QueuePool
 
-from netassay.errors import UserError
+from netassay.errors import NoAnswer, UserError
 from netassay.settings import masked, settings
 from netassay.store import tables
 
@@ -59,6 +59,10 @@ Outage: tuple[type[DBAPIError], ...] = (OperationalError, InterfaceError)
 
 class StoreError(UserError):
     """The store cannot be used; the message says what to try."""
+
+
+class StoreOutage(StoreError, NoAnswer):
+    """The database does not answer, or refuses us."""
 
 
 class Database:
@@ -167,14 +171,14 @@ class Database:
             else:
                 self._upgrade(found)
         except OperationalError as error:
-            raise StoreError(f"the store {self} cannot be opened: {error.orig}; {self._way_out()}") from error
+            raise StoreOutage(f"the store {self} cannot be opened: {error.orig}; {self._way_out()}") from error
         except DBAPIError as error:
             if "not a database" in str(error.orig):
                 raise StoreError(
                     f"{self.url.database} is not a SQLite database; point NETASSAY_HOME elsewhere"
                 ) from error
             if "permission denied" in str(error.orig):
-                raise StoreError(f"the store {self} cannot be used: {error.orig}; {self._way_out()}") from error
+                raise StoreOutage(f"the store {self} cannot be used: {error.orig}; {self._way_out()}") from error
             raise
 
     def _way_out(self) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from netassay.errors import UserError
+from netassay.errors import NoAnswer, UserError
 
 #: Where an upload becomes visible at its end, all at once; a move would be a second copy there.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "r2"})
@@ -30,7 +30,7 @@ _BLOCK = 1 << 20
 T = TypeVar("T")
 
 
-class RemoteOutage(UserError, OSError):
+class RemoteOutage(NoAnswer, OSError):
     """The remote artifacts do not answer, or refuse us: nothing can be said about what is there."""
 
 

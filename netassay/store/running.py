@@ -393,29 +393,29 @@ def _finish(
             connection.execute(text("UPDATE method_version SET seconds = :seconds WHERE id = :method"), values)
 
 
-_RECORD = (
+RECORD = (
     "job_id", "state", "cause", "message", "result", "seconds", "finished_at", "worker_id", "provenance_id", "inputs",
 )  # fmt: skip
 
 
 def _insert_records(database: Database, connection: Connection, rows: list[tuple]) -> None:
     if faults.guarded("fence"):
-        database.insert(connection, "record", _RECORD, rows, ignore=True)
+        database.insert(connection, "record", RECORD, rows, ignore=True)
         return
     # What happens without a fence: the last writer wins.
     connection.execute(text(f"DELETE FROM record WHERE job_id IN ({', '.join(str(row[0]) for row in rows) or 0})"))
-    database.insert(connection, "record", _RECORD, rows)
+    database.insert(connection, "record", RECORD, rows)
 
 
 def _insert_singly(database: Database, connection: Connection, rows: Iterable[tuple[Any, ...]]) -> None:
     for row in rows:
         try:
             with connection.begin_nested():
-                database.insert(connection, "record", _RECORD, [row], ignore=True)
+                database.insert(connection, "record", RECORD, [row], ignore=True)
         except _Refused as error:
             why = getattr(error, "orig", error)
             refused = (row[0], "failed", "unstorable", f"the store refused its result: {why}", None, *row[5:])
-            database.insert(connection, "record", _RECORD, [refused], ignore=True)
+            database.insert(connection, "record", RECORD, [refused], ignore=True)
 
 
 def _settle(connection: Connection, claim: Claim) -> None:

@@ -1,8 +1,4 @@
-"""Write a batch: jobs, keys, memberships, segments. Until the last transaction nobody sees any of it.
-
-A crash before that leaves jobs that belong to no batch (a later submission finds and uses them) and a batch row in
-state `arriving`, which is never dispatched.
-"""
+"""Submit a batch: all of it or nothing, new or behind what a batch of the name holds, as often as one likes."""
 
 from __future__ import annotations
 
@@ -11,36 +7,16 @@ import copy
 import functools
 import hashlib
 import itertools
-import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, TextClause, text
 
 from netassay import faults
 from netassay.job import BUILDER, DETERMINISTIC
-from netassay.method import time_limit
+from netassay.store.arriving import Arrival, Opened, Segment, begin, discard, ids_of, opened, recipe_of
 from netassay.store.database import PATIENCE, Database, Outage, StoreError, slices
-from netassay.store.reset import forget_records, make_ready
-
-
-class Segment(Protocol):
-    """Consecutive jobs of one method, version, networks and limits; `producer.sweeps` makes them."""
-
-    method: str
-    version: int
-    group: str
-    seconds: float
-    memory: int | None
-    time_limit: float | None
-    memory_limit: int | None
-    group_size: int
-    libraries: tuple[str, ...]
-    recipes: tuple[str, ...]
-    params: list[str]
-    keys: list[bytes]
+from netassay.store.reset import forget_records
 
 
 class NameTaken(StoreError):
@@ -61,15 +37,6 @@ class Submitted:
     already: bool = False
     reopened: bool = False
     appended: int = 0
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A batch as it was seen; while size and digest are the same, so are its jobs."""
-
-    id: int
-    size: int
-    digest: bytes
 
 
 class _Changed(Exception):
@@ -139,17 +106,17 @@ def _submit(order: _Order) -> Submitted:
     with _arriving(order, order.segments, digest) as arrival:
 
         def open_it(connection: Connection) -> None:
-            rival = _seen(connection, order.name)
+            rival = opened(connection, order.name)
             if (
                 rival is not None and rival.id != arrival.batch_id
             ):  # its own: done at a first try, whose answer got lost
                 raise _Changed
             if rival is None:
                 arrival.place(connection, arrival.batch_id)
-                opened = connection.execute(
+                shown = connection.execute(
                     text("UPDATE batch SET state = 'open' WHERE id = :id AND size >= 0"), {"id": arrival.batch_id}
                 ).rowcount
-                if not opened:
+                if not shown:
                     raise _dead()
 
         order.database.transact(open_it, durable=True)
@@ -159,7 +126,7 @@ def _submit(order: _Order) -> Submitted:
     return Submitted(arrival.batch_id, order.name, size, new=size - known, known=known, rerun=arrival.rerun)
 
 
-def _append(order: _Order, found: _Found) -> Submitted:
+def _append(order: _Order, found: Opened) -> Submitted:
     """Jobs behind those of a batch. Raises _Changed where it is no longer as it was found."""
     there, kept = _keys_of(order.database, found.id), []
     holds = set(there)
@@ -173,8 +140,8 @@ def _append(order: _Order, found: _Found) -> Submitted:
     with _arriving(order, kept, digest, base=found.size) as arrival:
 
         def join(connection: Connection) -> None:
-            now = _seen(connection, order.name)
-            if now == _Found(found.id, arrival.base + len(arrival.ids), digest):
+            now = opened(connection, order.name)
+            if now == Opened(found.id, arrival.base + len(arrival.ids), digest):
                 return  # done at a first try, whose answer got lost
             if now != found:
                 raise _Changed
@@ -226,19 +193,12 @@ def _keys_of(database: Database, batch_id: int) -> list[bytes]:
         return [bytes(key) for key in rows.scalars()]
 
 
-def _named(database: Database, name: str) -> _Found | None:
+def _named(database: Database, name: str) -> Opened | None:
     with database.read() as connection:
-        return _seen(connection, name)
+        return opened(connection, name)
 
 
-def _seen(connection: Connection, name: str) -> _Found | None:
-    row = connection.execute(
-        text("SELECT id, size, digest FROM batch WHERE name = :name AND state <> 'arriving'"), {"name": name}
-    ).one_or_none()
-    return None if row is None else _Found(row.id, row.size, bytes(row.digest))
-
-
-def _taken(name: str, found: _Found) -> NameTaken:
+def _taken(name: str, found: Opened) -> NameTaken:
     return NameTaken(
         f"a batch called {name!r} exists and holds other jobs ({found.size:,}); submit under another --name, or with "
         "--append to put those it does not hold behind its own"
@@ -250,7 +210,7 @@ def _dead() -> StoreError:
 
 
 def _again(
-    database: Database, found: _Found, name: str, fresh: bool, segments: Sequence[Segment] | None = None
+    database: Database, found: Opened, name: str, fresh: bool, segments: Sequence[Segment] | None = None
 ) -> Submitted:
     """The batch has all these jobs (of these segments, else just these): open it again if it was cancelled."""
     rerun = 0
@@ -276,16 +236,16 @@ def _ids_in(database: Database, batch_id: int, keys: Sequence[bytes] | None) -> 
         if keys is None:
             held = connection.execute(text("SELECT job_id FROM membership WHERE batch_id = :id"), {"id": batch_id})
             return sorted(held.scalars())
-        return sorted(job_id for piece in slices(keys) for job_id in _ids_of(database, connection, piece).values())
+        return sorted(job_id for piece in slices(keys) for job_id in ids_of(database, connection, piece).values())
 
 
 @contextlib.contextmanager
-def _arriving(order: _Order, segments: Sequence[Segment], digest: bytes, base: int = 0) -> Iterator[_Arrival]:
+def _arriving(order: _Order, segments: Sequence[Segment], digest: bytes, base: int = 0) -> Iterator[Arrival]:
     """A batch with its jobs and memberships written, open to nobody yet; discarded where the block raises."""
-    database = order.database
-    batch_id = database.persist(PATIENCE, lambda: _arrive(order, digest, sum(len(s.keys) for s in segments)))
+    database, size = order.database, sum(len(segment.keys) for segment in segments)
+    batch_id = database.persist(PATIENCE, lambda: begin(database, order.name, digest, size, order.weight, order.note))
     try:
-        arrival = _Arrival(database, segments, order.progress, batch_id, base, order.names)
+        arrival = Arrival(database, segments, order.progress, batch_id, base, order.names)
         arrival.builders = _built_elsewhere(order, segments)
         arrival.write_jobs()
         kept = () if order.fresh else tuple(sorted(DETERMINISTIC))
@@ -316,198 +276,8 @@ def _built_elsewhere(order: _Order, segments: Sequence[Segment]) -> dict[str, in
         return {
             keys[key]: job_id
             for piece in slices(list(keys))
-            for key, job_id in _ids_of(order.database, connection, piece).items()
+            for key, job_id in ids_of(order.database, connection, piece).items()
         }
-
-
-def _arrive(order: _Order, digest: bytes, size: int) -> int:
-    with order.database.write(beside=True) as connection:
-        return connection.execute(
-            text(
-                "INSERT INTO batch (name, digest, state, weight, size, submitted_at, note)"
-                " VALUES (:name, :digest, 'arriving', :weight, :size, :now, :note) RETURNING id"
-            ),
-            {"name": order.name, "digest": digest, "weight": order.weight, "size": size, "now": time.time(),
-             "note": order.note},
-        ).scalar_one()  # fmt: skip
-
-
-@dataclass
-class _Arrival:
-    """The jobs of one submission on their way into the tables, in submission order.
-
-    base: ordinal of the first. ids: of the jobs; known: those the store had before. builders: recipe -> job that builds
-    it, where that is not one of them.
-
-    Other submissions, and workers, write at the same time: nothing here is looked at by them before the batch is open,
-    but for `job_key`, into which all write in the order of the keys.
-    """
-
-    database: Database
-    segments: Sequence[Segment]
-    progress: Callable[[float], None]
-    batch_id: int
-    base: int
-    names: Mapping[str, str]
-    ids: list[int] = field(default_factory=list)
-    known: set[int] = field(default_factory=set)
-    methods: dict[tuple[str, int], int] = field(default_factory=dict)
-    builders: dict[str, int] = field(default_factory=dict)
-    rerun: int = 0
-
-    def write_jobs(self) -> None:
-        """Give each job its id: that of the store where it knows the key, else a new one with its rows."""
-        keys = [key for segment in self.segments for key in segment.keys]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        self.ids = [0] * len(keys)
-        self.database.persist(PATIENCE, lambda: self._find(keys, order))
-        self.progress(0.1)
-        self._allot()
-        self._insert_jobs()
-        self._insert_keys(keys, order)
-
-    def _insert(self, table: str, columns: Sequence[str], rows: list[tuple], ignore: bool = False) -> int:
-        """Rows in a transaction of their own. At a second try, after an outage, some may be there already."""
-        tries = itertools.count()
-        return self.database.transact(
-            lambda connection: self.database.insert(connection, table, columns, rows, ignore or next(tries) > 0),
-            beside=True,
-        )
-
-    def _find(self, keys: list[bytes], order: list[int]) -> None:
-        with self.database.read() as connection:
-            if connection.execute(text("SELECT 1 FROM job_key LIMIT 1")).one_or_none() is None:
-                return
-            for piece in slices(order):
-                found = _ids_of(self.database, connection, [keys[place] for place in piece])
-                if found:
-                    for place in piece:
-                        if known := found.get(keys[place]):
-                            self.ids[place] = known
-                            self.known.add(known)
-
-    def _allot(self) -> None:
-        new = self.ids.count(0)
-
-        def take(connection: Connection) -> int:
-            return connection.execute(
-                text("UPDATE lab SET value = value + :n WHERE name = 'next_job' RETURNING value"), {"n": new}
-            ).scalar_one()
-
-        following = self.database.transact(take, beside=True) - new
-        for place, known in enumerate(self.ids):
-            if not known:
-                self.ids[place] = following
-                following += 1
-
-    def _insert_jobs(self) -> None:
-        self.methods = self.database.transact(lambda connection: _method_ids(connection, self.segments), beside=True)
-        jobs = (
-            (key, self.methods[segment.method, segment.version], params)
-            for segment in self.segments
-            for key, params in zip(segment.keys, segment.params, strict=True)
-        )
-        for start in range(0, len(self.ids), 10_000):
-            piece = zip(self.ids[start : start + 10_000], itertools.islice(jobs, 10_000), strict=True)
-            rows = [(job_id, *job) for job_id, job in piece if job_id not in self.known]
-            self._insert("job", ("id", "key", "method_id", "params"), rows)
-            self.progress(0.1 + 0.4 * start / len(self.ids))
-
-    def _insert_keys(self, keys: list[bytes], order: list[int]) -> None:
-        """Keys of the new jobs; where a rival submission was faster, its job is used and ours deleted."""
-        new = [place for place in order if self.ids[place] not in self.known]
-        for piece in slices(new):
-            rows = [(keys[place], self.ids[place]) for place in piece]
-            if self._insert("job_key", ("key", "job_id"), rows, ignore=True) == len(rows):
-                continue
-            found = self.database.persist(PATIENCE, functools.partial(self._look_up, keys, piece))
-            lost = [place for place in piece if found[keys[place]] != self.ids[place]]
-            self.database.transact(
-                functools.partial(_delete_jobs, jobs=[self.ids[place] for place in lost]), beside=True
-            )
-            for place in lost:
-                self.ids[place] = found[keys[place]]
-                self.known.add(self.ids[place])
-        self.progress(0.75)
-
-    def _look_up(self, keys: list[bytes], places: Sequence[int]) -> dict[bytes, int]:
-        with self.database.read() as connection:
-            return _ids_of(self.database, connection, [keys[place] for place in places])
-
-    def write_memberships(self) -> None:
-        for start in range(0, len(self.ids), 10_000):
-            piece = self.ids[start : start + 10_000]
-            rows = [(self.batch_id, self.base + start + place, job_id) for place, job_id in enumerate(piece)]
-            self._insert("membership", ("batch_id", "ordinal", "job_id"), rows)
-            self.progress(0.75 + 0.25 * start / len(self.ids))
-
-    def place(self, connection: Connection, batch_id: int) -> None:
-        """Within the transaction that opens it: segments, names, and the counts of what has ended already."""
-        rows, needs = self._segment_rows(batch_id)
-        _write_segments(self.database, connection, rows, needs)
-        self.database.insert(
-            connection,
-            "reference_name",
-            ("batch_id", "reference", "name"),
-            [(batch_id, reference, called) for reference, called in self.names.items()],
-            ignore=True,  # of a batch that is appended to the first name stays
-        )
-        if self.known:
-            _count_ended(connection, batch_id, self.base)
-
-    def _segment_rows(self, batch_id: int) -> tuple[list[tuple], list[list[tuple[str, int]]]]:
-        """Rows of the segments, and of each the (recipe, job that builds it) it needs."""
-        rows, needs, start = [], [], self.base
-        builders = dict(self.builders)
-        for segment in self.segments:
-            stop = start + len(segment.keys)
-            wanted = [(recipe, builders[recipe]) for recipe in segment.recipes]
-            for offset, params in enumerate(segment.params if segment.method == BUILDER else ()):
-                builders[recipe_of(params)] = self.ids[start - self.base + offset]
-            rows.append(
-                (
-                    batch_id, start, stop, start, self.methods[segment.method, segment.version], segment.group,
-                    segment.seconds, segment.time_limit or time_limit(segment.seconds),
-                    segment.memory_limit or segment.memory, segment.group_size, " ".join(segment.libraries),
-                    int(bool(wanted)),
-                )
-            )  # fmt: skip
-            needs.append(wanted)
-            start = stop
-        return rows, needs
-
-
-def _delete_jobs(connection: Connection, jobs: Sequence[int]) -> None:
-    if jobs:
-        connection.execute(text(f"DELETE FROM job WHERE id IN ({', '.join(map(str, jobs))})"))
-
-
-def _ids_of(database: Database, connection: Connection, keys: Sequence[bytes]) -> dict[bytes, int]:
-    if database.sqlite:
-        statement = f"SELECT key, job_id FROM job_key WHERE key IN ({','.join('?' * len(keys))})"
-        found = connection.exec_driver_sql(statement, tuple(keys))
-    else:
-        found = connection.exec_driver_sql("SELECT key, job_id FROM job_key WHERE key = ANY(%s)", (list(keys),))
-    return {bytes(key): job_id for key, job_id in found}
-
-
-def method_id_of(connection: Connection, name: str, version: int) -> int:
-    """Row of a method's version, made where it is new."""
-    values = {"name": name, "version": version}
-    connection.execute(
-        text("INSERT INTO method_version (name, version) VALUES (:name, :version) ON CONFLICT DO NOTHING"), values
-    )
-    return connection.execute(
-        text("SELECT id FROM method_version WHERE name = :name AND version = :version"), values
-    ).scalar_one()
-
-
-def _method_ids(connection: Connection, segments: Sequence[Segment]) -> dict[tuple[str, int], int]:
-    """Rows of all method versions that these segments are of, in an order that two submissions share."""
-    return {
-        (name, version): method_id_of(connection, name, version)
-        for name, version in sorted({(segment.method, segment.version) for segment in segments})
-    }
 
 
 def _forget(database: Database, known: list[int], kept: Sequence[str], done: bool = True) -> int:
@@ -526,119 +296,3 @@ def _forget(database: Database, known: list[int], kept: Sequence[str], done: boo
         if ended := database.persist(PATIENCE, find):
             forgotten += database.transact(functools.partial(forget_records, jobs=ended))
     return forgotten
-
-
-def recipe_of(params: str) -> str:
-    """The recipe that a job of the builder builds."""
-    return json.loads(params)["recipe"]
-
-
-def _write_segments(
-    database: Database, connection: Connection, rows: list[tuple], needs: list[list[tuple[str, int]]]
-) -> None:
-    columns = (
-        "batch_id", "start", "stop", "next", "method_id", "label", "hint", "time_limit",
-        "memory_limit", "group_size", "libraries", "waiting",
-    )  # fmt: skip
-    database.insert(connection, "segment", columns, rows)
-    if any(needs):
-        found = connection.execute(
-            text("SELECT id FROM segment WHERE batch_id = :id AND start >= :start ORDER BY start"),
-            {"id": rows[0][0], "start": rows[0][1]},
-        ).scalars()
-        database.insert(
-            connection,
-            "need",
-            ("segment_id", "reference", "job_id"),
-            [(place, reference, job) for place, wanted in zip(found, needs, strict=True) for reference, job in wanted],
-        )
-
-
-#: Jobs left between ended ones, in more runs than this in a segment, would each travel in a tiny chunk of their own.
-MOST_RUNS = 50
-
-
-def _count_ended(connection: Connection, batch_id: int, base: int) -> None:
-    """Jobs from `base` on that ended in earlier batches are counted here and now, not sent around to be found done."""
-    segments = connection.execute(
-        text("SELECT id, start, stop FROM segment WHERE batch_id = :id AND start >= :base ORDER BY start"),
-        {"id": batch_id, "base": base},
-    ).all()
-    for segment in segments:
-        place = {"b": batch_id, "s": segment.id, "start": segment.start, "stop": segment.stop}
-        within = "m.batch_id = :b AND m.ordinal >= :start AND m.ordinal < :stop"
-        ended: dict[str, int] = dict(
-            connection.execute(
-                text(
-                    "SELECT r.state, count(*) FROM membership m JOIN record r ON r.job_id = m.job_id"
-                    f" WHERE {within} GROUP BY r.state"
-                ),
-                place,
-            ).all()
-        )
-        if not ended:
-            continue
-        rest = connection.execute(
-            text(
-                f"SELECT m.ordinal FROM membership m WHERE {within}"
-                " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id) ORDER BY m.ordinal"
-            ),
-            place,
-        ).scalars()
-        ordinals = list(rest)
-        runs = bool(ordinals) + sum(after - before > 1 for before, after in itertools.pairwise(ordinals))
-        if runs > MOST_RUNS:
-            continue  # cut as usual: its chunks find the ended jobs as they pass
-        connection.execute(text("UPDATE segment SET next = stop WHERE id = :s"), place)
-        connection.execute(
-            text(
-                "INSERT INTO chunk (segment_id, batch_id, start, stop, state, done, not_applicable, failed)"
-                " VALUES (:s, :b, :start, :stop, 'finished', :done, :not_applicable, :failed)"
-            ),
-            {"done": 0, "not_applicable": 0, "failed": 0, **ended, **place},
-        )
-        if ordinals:
-            make_ready(connection, batch_id, ordinals)
-
-
-def discard(database: Database, batch_id: int) -> None:
-    """Remove a batch that never opened; its jobs stay, for whoever asks for them next."""
-
-    # The batch row goes last: whoever dies on the way leaves something that is found and removed. With a negative size
-    # a batch cannot open: its submission may be slow rather than dead, and must not open what is half removed.
-    def some(connection: Connection) -> bool:
-        arriving = connection.execute(
-            text("UPDATE batch SET size = -1 WHERE id = :id AND state = 'arriving'"), {"id": batch_id}
-        ).rowcount
-        if not arriving:
-            return False
-        deleted = connection.execute(
-            text(
-                "DELETE FROM membership WHERE batch_id = :id AND ordinal IN"
-                " (SELECT ordinal FROM membership WHERE batch_id = :id LIMIT 10000)"
-            ),
-            {"id": batch_id},
-        ).rowcount
-        if not deleted:
-            connection.execute(text("DELETE FROM batch WHERE id = :id"), {"id": batch_id})
-        return bool(deleted)
-
-    while database.transact(some):
-        pass
-
-
-#: A submission of a million jobs takes half a minute; one that has been arriving for so long has died on the way.
-ABANDONED_SECONDS = 3600.0
-
-
-def discard_abandoned(database: Database) -> int:
-    """Remove what submissions left behind that died on the way. Returns how many."""
-    with database.read() as connection:
-        found = connection.execute(
-            text("SELECT id FROM batch WHERE state = 'arriving' AND submitted_at < :then"),
-            {"then": time.time() - ABANDONED_SECONDS},
-        ).scalars()
-        dead = list(found)
-    for batch_id in dead:
-        discard(database, batch_id)
-    return len(dead)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from netassay.store import submission
+from netassay.store import arriving
 from netassay.store.artifacts import Artifacts, MissingArtifact, named
 from netassay.store.database import Database
 
@@ -83,7 +83,7 @@ def remove(
     now = time.time() if now is None else now
     dead = _dead(database, now)
     for batch_id in dead:
-        submission.discard(database, batch_id)
+        arriving.discard(database, batch_id)
     progress(0.1)
     jobs = _remove_jobs(database)
     progress(0.4)
@@ -103,7 +103,7 @@ def _dead(database: Database, now: float) -> list[int]:
     with database.read() as connection:
         found = connection.execute(
             text("SELECT id FROM batch WHERE state = 'arriving' AND submitted_at < :then ORDER BY id"),
-            {"then": now - submission.ABANDONED_SECONDS},
+            {"then": now - arriving.ABANDONED_SECONDS},
         )
         return list(found.scalars())
 

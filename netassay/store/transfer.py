@@ -40,7 +40,7 @@ from sqlalchemy import Connection, Row, text
 
 from netassay import __version__, faults
 from netassay.job import BUILDER, DETERMINISTIC, key_of
-from netassay.store import running, submission
+from netassay.store import arriving, running
 from netassay.store.artifacts import Artifacts, MissingArtifact, named
 from netassay.store.control import batch_id_of
 from netassay.store.database import Database, Outage, StoreError, slices
@@ -493,7 +493,7 @@ def bring(
     other jobs gets `rename` behind its name.
 
     The whole file is checked first. Raises NotAnExport, BatchesDiffer: nothing was brought in then. A batch in hand
-    takes the memory of its submission.
+    takes the memory of its arriving.
     """
     with _opened(path) as archive:
         archive.check(lambda share: progress(0.3 * share))
@@ -624,14 +624,10 @@ class _Arriving:
         database, head = self.database, self.archive.manifest.batches[self.number - 1]
         segments = self._read()
         names = {line.reference: line.name for line in self.archive.of_batch(self.number, "names", _Name)}
-        order = submission._Order(
-            database, self.name, segments, names, head.weight, head.note, False, lambda share: self.progress(share / 2)
-        )
-        digest = bytes.fromhex(head.digest)
-        batch_id = submission._arrive(order, digest, head.size)
+        batch_id = arriving.begin(database, self.name, bytes.fromhex(head.digest), head.size, head.weight, head.note)
         opened = False
         try:
-            arrival = submission._Arrival(database, segments, order.progress, batch_id, 0, names)
+            arrival = arriving.Arrival(database, segments, lambda share: self.progress(share / 2), batch_id, 0, names)
             arrival.write_jobs()
             new = head.size - len(arrival.known)
             self._write_records(arrival.ids)
@@ -643,7 +639,7 @@ class _Arriving:
         finally:
             if not opened:
                 with contextlib.suppress(*Outage):
-                    submission.discard(database, batch_id)
+                    arriving.discard(database, batch_id)
         faults.reach("import.opened")
         if opened:
             self.counts.batches += 1
@@ -711,7 +707,7 @@ class _Arriving:
         insert = self.database.insert
         insert(connection, "worker_loss", ("job_id", "losses"), losses, ignore=True)
         return (
-            insert(connection, "record", running._RECORD, records, ignore=True),
+            insert(connection, "record", running.RECORD, records, ignore=True),
             insert(
                 connection,
                 "attempt",
@@ -721,9 +717,9 @@ class _Arriving:
             ),
         )  # fmt: skip
 
-    def _open(self, connection: Connection, arrival: submission._Arrival, head: _Batch) -> bool:
+    def _open(self, connection: Connection, arrival: arriving.Arrival, head: _Batch) -> bool:
         """Show the batch to everybody. False where the same one was opened meanwhile. Raises BatchesDiffer."""
-        rival = submission._seen(connection, self.name)
+        rival = arriving.opened(connection, self.name)
         if rival is not None:
             if rival.id == arrival.batch_id:
                 return True  # done at a first try, whose answer got lost
@@ -914,7 +910,7 @@ class _Archive:
 
     def _recipe(self, job: _Job) -> str:
         try:
-            return str(submission.recipe_of(job.params))
+            return str(arriving.recipe_of(job.params))
         except (ValueError, LookupError, TypeError):
             raise self._wrong(f"job {job.key} builds no recipe") from None
 

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from netassay import __version__
-from netassay.errors import UserError
+from netassay.errors import NoAnswer, UserError
 from producer.cli import batches, lab, methods, results, stores
 from producer.cli.common import BAD_INPUT, NO_ANSWER, print_output
 
@@ -42,7 +42,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except UserError as error:
-        _refuse(str(error), BAD_INPUT, [str(row) for row in getattr(error, "errors", ())])
+        code = NO_ANSWER if isinstance(error, NoAnswer) else BAD_INPUT
+        _refuse(str(error), code, [str(row) for row in getattr(error, "errors", ())])
     except typer.TyperException as error:
         _refuse(str(getattr(error, "message", error)), BAD_INPUT)
     except Exception as error:

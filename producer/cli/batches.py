@@ -81,7 +81,8 @@ def submit(
     seconds = time.perf_counter() - started
     from producer import lab
 
-    works = lab.anybody_works(config)
+    with lab.records_of(config) as database:
+        works = lab.anybody_works(config, database)
     if as_json:
         left_out = {"refused": prepared.refused, "duplicates": prepared.duplicates}
         print_output("submit", {**asdict(outcome), "seconds": seconds, **left_out, "works": works})
@@ -99,7 +100,7 @@ def submit(
 
 
 def _told(outcome: Any) -> str:
-    from producer.show import counted
+    from producer.wording import counted
 
     rerun = f" ({outcome.rerun:,} of them run again)" if outcome.rerun else ""
     if outcome.already:
@@ -114,7 +115,7 @@ def _told(outcome: Any) -> str:
 
 def _report_left_out(prepared: Any) -> None:
     from producer import submission
-    from producer.show import counted
+    from producer.wording import counted
 
     if prepared.duplicates:
         print(f"{counted(prepared.duplicates, 'row')} asked for a job that is in the batch already; each is kept once")
@@ -135,7 +136,8 @@ def _dry_run(what: str | list[str], config: Settings, skip_invalid: bool, method
         told = [{**asdict(row), "total_seconds": row.total_seconds} for row in rows]
         print_output("submit", {"jobs": prepared.count, **left_out, "rows": told})
         return
-    from producer.show import console, counted, duration, size, table
+    from producer.show import console, table
+    from producer.wording import counted, duration, size
 
     shown = [
         (
@@ -161,10 +163,11 @@ def watch(
     Exit code 0: all done; 1: some failed; 3: it was cancelled; 5: the timeout passed; 6: it is paused.
     """
     from netassay.store import reading
-    from producer import show
+    from producer import following, notebook, show
 
-    database = open_store()
-    (last,) = show.follow(database, [batch], timeout, None if as_json else show.console)
+    config, database = read_settings(), open_store()
+    with notebook.Silent(says=False) if as_json else notebook.Terminal(show.console) as bar:
+        (last,) = following.show(following.follow(database, config, [batch], timeout), bar)
     failures = reading.failures(database, batch)
     if as_json:
         print_output("watch", {**last.as_dict(), "failures": [asdict(group) for group in failures]})
@@ -213,11 +216,12 @@ def wait(
     Exit code 0: all done; 1: some jobs failed; 3: a batch was cancelled; 5: the timeout passed before all had come to
     rest; 6: a batch is paused (by itself, if its first jobs all failed). Of several batches the highest code.
     """
-    from producer import show
+    from producer import following, notebook, show
 
-    database = open_store()
+    config, database = read_settings(), open_store()
     names = list(dict.fromkeys(batches))
-    last = show.follow(database, names, timeout, None if quiet or as_json else show.errors)
+    with notebook.Silent(says=False) if quiet or as_json else notebook.Terminal(show.errors) as bar:
+        last = following.show(following.follow(database, config, names, timeout), bar)
     code = max(map(_exit_code, last))
     if as_json:
         print_output("wait", {"outcome": _OUTCOMES[code], "batches": [batch.as_dict() for batch in last]})
@@ -330,7 +334,7 @@ def retry(
     if as_json:
         print_output("retry", {"batch": batch, "jobs": number})
     else:
-        from producer.show import counted
+        from producer.wording import counted
 
         given = f"{counted(number, 'job')} of {batch} {'gets' if number == 1 else 'get'} a new start"
         print(given if number else f"{batch} has no such failed jobs")

@@ -32,7 +32,7 @@ def up(
     if as_json:
         print_output("up", _lab(config, described))
         return
-    from producer.show import counted
+    from producer.wording import counted
 
     print(f"lab up in {config.root}: {counted(described['slots'], 'slot')}, records in {described['store']}")
     if described["flower"]:
@@ -88,7 +88,8 @@ def status(as_json: AsJson = False) -> None:
         }
         print_output("status", about)
         return
-    from producer.show import batch_line, batch_table, console, counted
+    from producer.show import batch_line, batch_table, console
+    from producer.wording import counted
 
     if described:
         flower = f"; Flower: {described['flower']}" if described["flower"] else ""

@@ -25,7 +25,7 @@ def export_store(
 ) -> None:
     """Write batches, their jobs, records and files to one file, for `netassay import` elsewhere."""
     from netassay.store import artifacts, transfer
-    from producer import show
+    from producer.wording import size
 
     database = open_store()
     if not file.absolute().parent.is_dir():
@@ -37,7 +37,7 @@ def export_store(
         return
     print(
         f"{out.path}: {out.batches:,} batches, {out.jobs:,} jobs, {out.records:,} with records, {out.artifacts:,} "
-        f"files; {show.size(out.bytes)}"
+        f"files; {size(out.bytes)}"
     )
     if out.missing:
         print(f"{len(out.missing):,} files that are named are missing or damaged, and were left out:", file=sys.stderr)
@@ -84,7 +84,7 @@ def gc(
     Records stay, and so does all that a submission or a worker has in hand.
     """
     from netassay.store import artifacts, tidying
-    from producer import show
+    from producer.wording import size
 
     database, kept = open_store(), artifacts.of(read_settings())
     with working("looking" if dry_run else "removing") as progress:
@@ -94,17 +94,17 @@ def gc(
             "gc",
             {
                 "dry_run": dry_run, "batches": found.batches, "jobs": found.jobs, "jobs_kept": found.jobs_kept,
-                "artifacts": [{"digest": digest, "bytes": size} for digest, size in found.artifacts],
+                "artifacts": [{"digest": digest, "bytes": length} for digest, length in found.artifacts],
                 "temporaries": len(found.temporaries), "bytes": found.bytes,
             },
         )  # fmt: skip
         return
     if dry_run:
-        for digest, size in found.artifacts:
-            print(f"  {digest}  {show.size(size)}")
+        for digest, length in found.artifacts:
+            print(f"  {digest}  {size(length)}")
     print(
         f"{'would remove' if dry_run else 'removed'} {found.jobs:,} jobs, {found.batches:,} batches that died on their "
-        f"way, {len(found.artifacts):,} files, {len(found.temporaries):,} temporary files; {show.size(found.bytes)}"
+        f"way, {len(found.artifacts):,} files, {len(found.temporaries):,} temporary files; {size(found.bytes)}"
     )
     if found.jobs_kept:
         print(f"{found.jobs_kept:,} more jobs belong to no batch, but a submission is on its way: try again later")
