@@ -7,6 +7,7 @@ got lost: messages, Redis itself, workers. Any number of dispatchers may run: al
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -18,10 +19,12 @@ from typing import Any, Protocol
 
 import structlog
 
-from netassay import faults
+from netassay import faults, logs
+from netassay.errors import NoAnswer, UserError
 from netassay.settings import Settings, settings
 from netassay.store import arriving, dispatching
-from netassay.store.database import Database, Outage
+from netassay.store.database import PATIENCE, Database, Outage
+from producer import lab
 
 log = structlog.get_logger("netassay.dispatch")
 
@@ -283,7 +286,7 @@ def serve(config: Settings, stop: threading.Event) -> None:
     """Dispatch until `stop` is set; outages of Redis or the store are waited out."""
     database = Database(config.store_url)
     database.prepare()
-    broker = CeleryBroker(config.broker, dispatching.key_prefix(database))
+    broker = CeleryBroker(config.broker, database.persist(PATIENCE, lambda: dispatching.key_prefix(database)))
     dispatcher = Dispatcher(database, broker, lost_after=config.lost_after)
     pause = IDLE_PAUSE
     while not stop.wait(pause):
@@ -303,17 +306,17 @@ def main() -> int:
     if not config.broker:
         print("NETASSAY_BROKER is not set; start an embedded lab with: netassay up", file=sys.stderr)
         return 2
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.dev.ConsoleRenderer(colors=False),
-        ]
-    )
+    logs.configure()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    serve(config, stop)
+    try:
+        with contextlib.suppress(NoAnswer):  # an outage is waited out, an address that is none is not
+            lab.reach_broker(config.broker).close()
+        serve(config, stop)
+    except UserError as error:
+        print(f"the dispatcher cannot start: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

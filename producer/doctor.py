@@ -98,13 +98,8 @@ def _packages(config: Settings) -> Finding:
     return "missing", found, "pip install 'netassay[compute]'"
 
 
-def _broker_url(config: Settings) -> str:
-    """The broker that is set, or that of the lab in this folder; empty where neither is."""
-    return config.broker or (lab.Place(config.root).described() or {}).get("broker", "")
-
-
 def _redis(config: Settings) -> Finding:
-    url = _broker_url(config)
+    url = lab.broker_of(config)
     if not url:
         try:
             binary = lab.redis_binary()
@@ -138,7 +133,7 @@ def _install_redis() -> str:
 
 
 def _redis_settings(config: Settings) -> Finding:
-    url = _broker_url(config)
+    url = lab.broker_of(config)
     if not url:
         return _ok("are given by: netassay up")
     client = lab.reach_broker(url, LOOK_SECONDS / 2)
@@ -161,7 +156,7 @@ def _redis_settings(config: Settings) -> Finding:
 
 def _redis_rights(config: Settings) -> Finding:
     """Try what a lab does, on keys of its own."""
-    url = _broker_url(config)
+    url = lab.broker_of(config)
     if not url:
         return _ok("are given by: netassay up")
     import redis
@@ -434,7 +429,7 @@ def _workers(config: Settings) -> Finding:
 def _dispatcher(config: Settings) -> Finding:
     import redis
 
-    url = _broker_url(config)
+    url = lab.broker_of(config)
     start = "netassay dispatch, on one host of the cluster" if config.broker else "netassay up"
     with _database(config) as database:
         if not url or database is None:

@@ -105,6 +105,15 @@ def on_cluster(config: Settings) -> bool:
     return bool(config.broker) or not config.store_url.startswith("sqlite")
 
 
+def broker_of(config: Settings) -> str:
+    """The broker that is set, or the private one of the lab that runs in this folder; empty where there is neither."""
+    if config.broker:
+        return config.broker
+    described = (Place(config.root).described() or {}).get("broker", "")
+    # A lab may run here with a broker that its environment named: of that the description shows no password.
+    return described if described.startswith("redis+socket://") else ""
+
+
 def anybody_works(config: Settings, database: Database) -> bool:
     """Whether what is submitted runs at once: the lab of this folder is up, or a worker of the cluster is alive.
 
@@ -539,8 +548,7 @@ def become(config: Settings, command: Sequence[str]) -> NoReturn:
 
     Raises LabError where no broker is set and no lab runs in this folder whose broker could be used.
     """
-    described = Place(config.root).described() or {}
-    broker = config.broker or described.get("broker", "")
+    broker = broker_of(config)
     if not broker:
         raise LabError(
             "there is no broker: set NETASSAY_BROKER (and NETASSAY_STORE, NETASSAY_ARTIFACTS) to those of the cluster; "

@@ -156,7 +156,7 @@ def agree_with_a_direct_call(found: Cluster) -> None:
                     assert record.result["verdict"] == result.verdict, called(record)
 
 
-def test_two_who_submit_the_same_jobs_at_once_to_one_cluster_do_not_meet_in_a_deadlock(tmp_path: Path) -> None:
+def test_two_who_submit_the_same_jobs_at_once_to_one_cluster_both_have_them(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         server = RedisServer(tmp_path / "redis")
         server.start()

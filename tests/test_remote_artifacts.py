@@ -230,17 +230,49 @@ def test_without_credentials_it_is_said_at_once(
     assert time.monotonic() - began < 20
 
 
-def test_a_file_system_gets_whole_files_too(tmp_path: Path) -> None:
-    """Not an object store: written beside and moved. fsspec's files in memory stand for a file server's."""
-    (tmp_path / "share").mkdir()
+@pytest.fixture
+def shared_folder() -> Iterator[Remote]:
+    """Not an object store: fsspec's files in memory stand for a file server's."""
     remote = Remote("memory://share/artifacts")
     remote._files.makedirs("/share", exist_ok=True)
-    here, there = Artifacts(tmp_path / "here", remote), Artifacts(tmp_path / "there", remote)
+    yield remote
+    remote._files.rm("/share", recursive=True)
+
+
+def test_a_file_system_gets_whole_files_too(tmp_path: Path, shared_folder: Remote) -> None:
+    here, there = Artifacts(tmp_path / "here", shared_folder), Artifacts(tmp_path / "there", shared_folder)
     assert there.read(here.put(b"abc")) == b"abc"
     assert [kept.digest for kept in here.list()] == [ABC]
-    assert remote._files.find("/share") == [f"/share/artifacts/ba/{ABC}"], "no temporary file is left"
+    assert shared_folder._files.find("/share") == [f"/share/artifacts/ba/{ABC}"], "no temporary file is left"
     here.remove(ABC)
     assert not here.has(ABC)
+
+
+def test_on_a_file_system_a_file_is_written_beside_and_moved(
+    tmp_path: Path, shared_folder: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, there = shared_folder._files.put_file, []
+
+    def look(*about: Any, **more: Any) -> None:
+        put(*about, **more)
+        there.append(shared_folder._files.exists(f"/share/artifacts/ba/{ABC}"))
+
+    monkeypatch.setattr(shared_folder._files, "put_file", look)
+    Artifacts(tmp_path / "here", shared_folder).put(b"abc")
+    assert there == [False], "while bytes arrived they stood under their name"
+    assert shared_folder._files.cat(f"/share/artifacts/ba/{ABC}") == b"abc"
+
+
+def test_what_is_damaged_in_a_cache_is_not_shared(tmp_path: Path, shared_folder: Remote) -> None:
+    here = Artifacts(tmp_path / "cache", shared_folder)
+    digest = here.put(b"abc")
+    damaged = tmp_path / "cache" / digest[:2] / digest
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"ab")
+    assert Artifacts(tmp_path / "cache").put(b"abc") == digest  # a compute child: it knows of no remote, and trusts it
+    with pytest.raises(FileNotFoundError):
+        Artifacts(tmp_path / "cache", shared_folder).share(digest)
+    assert Artifacts(tmp_path / "elsewhere", shared_folder).read(digest) == b"abc"
 
 
 @pytest.mark.parametrize("url, says", [

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import services
 from services import STORES
@@ -295,6 +296,29 @@ def test_segments_in_number_cost_no_transactions_and_no_scans(database: Database
             for condition, index in ((dispatching.FRESH, "segment_fresh"), (dispatching.LEFT, "segment_left")):
                 if condition in statement:
                     assert any(f"INDEX {index} " in step for step in steps), f"{statement}: {steps}"
+
+
+def test_segments_in_number_whose_jobs_ended_before_are_counted_in_a_few_statements(
+    database: Database, worker: int
+) -> None:
+    """All others wait while a batch opens."""
+    submit(database, "a", jobs(range(300)))
+    drain(database, worker, lambda task: failed("numerical")(task) if number_of(task) % 3 == 0 else done(task))
+    statements: list[str] = []
+
+    def note(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    ended = (jobs([number], group=f"{number}.onnx") for number in range(200))
+    partly = (jobs([number, 1000 + number], group=f"{number}.onnx") for number in range(200, 300))
+    submit(database, "b", *ended, *partly)
+    event.remove(database.engine, "before_cursor_execute", note)
+    assert len(statements) < 40, statements
+    assert recount(database, "b") == (200, 0, 100)
+    audit(database)
+    assert len(drain(database, worker)) == 100
+    audit_at_rest(database)
 
 
 def test_a_retry_lets_exactly_the_segments_wait_that_need_or_hold_a_retried_job(
@@ -830,6 +854,67 @@ def test_a_weight_out_of_range_is_refused(database: Database, weight: float) -> 
         control.set_weight(database, "a", weight)
 
 
+@pytest.mark.parametrize("weight", [0, -1, 1e4, float("inf"), float("nan"), True, "2"])
+def test_a_submission_with_a_weight_that_would_stop_the_dispatcher_stores_nothing(
+    database: Database, weight: Any
+) -> None:
+    with pytest.raises(StoreError, match=r"outside 0\.001\.\.1000"):
+        submit(database, "a", jobs([1]), weight=weight)
+    assert rows(database, "SELECT id FROM batch") == rows(database, "SELECT id FROM job") == []
+
+
+def test_a_weight_is_stored_as_the_number_it_is(database: Database) -> None:
+    submit(database, "a", jobs([1]), weight=np.float32(2.5))
+    assert rows(database, "SELECT weight FROM batch") == [(2.5,)]
+    control.set_weight(database, "a", np.int64(3))
+    assert rows(database, "SELECT weight FROM batch") == [(3.0,)]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    {
+        "": "the name is empty",
+        "a\0b": r"holds '\\x00', which cannot be printed",
+        "a\nb": r"holds '\\n', which cannot be printed",
+        "\x1b[2J": r"holds '\\x1b', which cannot be printed",
+        "half \ud83d": r"holds '\\ud83d', which cannot be printed",
+        " a": "begins or ends with a space",
+        "--append": "begins with a dash",
+        "a" * 201: "has 201 characters, at most 200",
+        3: "is no text",
+    }.items(),
+)
+def test_a_name_that_nobody_could_type_is_refused(database: Database, name: Any, words: str) -> None:
+    with pytest.raises(StoreError, match=f"a batch cannot be called .*{words}; give it another name"):
+        submit(database, name, jobs([1]))
+    assert rows(database, "SELECT id FROM batch") == rows(database, "SELECT id FROM job") == []
+
+
+@pytest.mark.parametrize("name", ["a", "two words", "größe-Ω", "数字", "a/b", "it's", "a" * 200, "🙂"])
+def test_other_names_are_fine(database: Database, name: str) -> None:
+    submit(database, name, jobs([1]))
+    assert reading.progress(database, name).size == 1
+
+
+@pytest.mark.parametrize(
+    "note, words",
+    {
+        "a\0b": r"holds '\\x00'",
+        "\udc80": r"holds '\\udc80'",
+        "\x1b[2J": r"holds '\\x1b'",
+        "a" * 10_001: "has 10,001 characters, at most 10,000",
+        3: "is no text but a int",
+    }.items(),
+)
+def test_a_note_that_no_database_keeps_is_refused(database: Database, note: Any, words: str) -> None:
+    with pytest.raises(StoreError, match=f"the note {words}"):
+        submit(database, "a", jobs([1]), note=note)
+    submit(database, "a", jobs([1]), note="two lines,\n\tone moved in")
+    with pytest.raises(StoreError, match=f"the note {words}"):
+        submit(database, "a", jobs([2]), note=note, append=True)
+    assert rows(database, "SELECT size, note FROM batch") == [(1, "two lines,\n\tone moved in")]
+
+
 def run_until(database: Database, worker: int, ended: int, cause: object) -> None:
     while reading.batches(database)[0].ended < ended:
         claim = take(database, worker)
@@ -907,6 +992,47 @@ def test_a_batch_that_has_ended_altogether_is_finished_rather_than_paused(databa
 # Needs
 
 R1, R2 = "recipe:" + "1" * 64, "recipe:" + "2" * 64
+
+
+def test_jobs_whose_network_cannot_be_built_fail_in_slices(
+    database: Database, worker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "_SLICE", 10)
+    submit(database, "a", builder("r", "q"), jobs(range(95), recipes=("r",)), jobs(range(95, 98), recipes=("q",)),
+           *(jobs([number], recipes=("q",), group=str(number)) for number in range(98, 110)))  # fmt: skip
+    ends = iter((failed("memory"), failed("memory")))
+    begun = []
+    event.listen(database.engine, "begin", begun.append)
+    drain(database, worker, lambda task: next(ends)(task))
+    assert len(begun) > 12, "each slice is a transaction of its own"
+    assert recount(database, "a") == (0, 0, 112)
+    audit_at_rest(database)
+    assert rows(database, "SELECT cause, count(*) FROM record GROUP BY 1 ORDER BY 1") == [
+        ("dependency", 110), ("memory", 2)
+    ]  # fmt: skip
+
+
+def test_a_retry_between_two_slices_leaves_the_rest_to_run(
+    database: Database, worker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatching, "_SLICE", 10)
+    submit(database, "a", builder("r"), jobs(range(95), recipes=("r",)))
+    claim = take(database, worker)
+    finish(database, worker, claim, failed("memory"))
+    fail_range = dispatching._fail_range
+
+    def retry_after_the_second(connection: Connection, segment: int, start: int, stop: int) -> None:
+        fail_range(connection, segment, start, stop)
+        if start > 1:
+            forget_records(connection, [claim.tasks[0].id])
+
+    monkeypatch.setattr(dispatching, "_fail_range", retry_after_the_second)
+    dispatching.settle_needs(database)
+    monkeypatch.setattr(dispatching, "_fail_range", fail_range)
+    assert rows(database, "SELECT count(*) FROM record") == [(20,)]
+    drain(database, worker)
+    assert recount(database, "a") == (76, 0, 20)
+    audit_at_rest(database)
 
 
 def test_jobs_wait_for_the_networks_they_need_and_are_given_them(database: Database, worker: int) -> None:

@@ -20,7 +20,7 @@ import pytest
 import services
 from store_by_hand import audit_at_rest, builder, done, drain, failed, jobs, number_of, rows, sign_on, submit
 
-from netassay.store import control, dispatching, reading, running
+from netassay.store import control, dispatching, reading, running, submission
 from netassay.store.database import Database
 from netassay.store.running import Outcome, StaleToken, Task
 
@@ -187,3 +187,32 @@ def test_a_crowd_at_one_store_runs_each_job_once_at_a_time_and_keeps_the_books(s
         held = "SELECT count(*) FROM membership m WHERE NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id)"
         assert rows(database, held) == [(0,)]
         print(f"{store}: {crowd.claims} claims, {len(reading.batches(database))} batches")
+
+
+def test_two_who_write_the_same_keys_at_once_do_not_meet_in_a_deadlock() -> None:
+    """A deadlock is broken by PostgreSQL and tried again by us: the server's own count is what tells."""
+    with services.new_store("postgresql", Path()) as database:
+        url = database.url.render_as_string(hide_password=False)
+        gate, ended = threading.Barrier(2), []
+        # Each in an order of its own: what is submitted is not what the keys are sorted by.
+        orders = [range(10_000), range(9_999, -1, -1)]
+
+        def submit_when_both_are_there(side: int) -> None:
+            def progress(share: float) -> None:
+                if share == 0.1:  # the keys have been looked up: both have to write them all
+                    gate.wait()
+
+            mine = Database(url)
+            ended.append(submission.submit(mine, f"side {side}", [jobs(orders[side])], {}, progress=progress).size)
+            mine.dispose()
+
+        threads = [threading.Thread(target=submit_when_both_are_there, args=(side,)) for side in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert ended == [10_000, 10_000]
+        assert rows(database, "SELECT count(*) FROM job") == [(10_000,)]
+        time.sleep(1.5)  # the server writes its statistics down about once a second
+        query = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        assert rows(database, query) == [(0,)]

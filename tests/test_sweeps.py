@@ -132,7 +132,8 @@ def test_a_methods_group_answer_keeps_jobs_apart(tmp_path: Path, monkeypatch: py
     (tmp_path / "mine" / "parity.py").write_text(
         '"""Parity."""\nfrom netassay.fields import DatasetRef\nfrom netassay.method import Contract\n'
         "VERSION = 1\nEXAMPLE = {}\n"
-        "class Params(Contract):\n    x: int = 0\n    dataset: DatasetRef = 'iris'\nclass Result(Contract):\n    x: int\n"
+        "class Params(Contract):\n    x: int = 0\n    dataset: DatasetRef = 'iris'\n"
+        "class Result(Contract):\n    x: int\n"
         "def run(params): return Result(x=params.x)\ndef group(params): return str(params.x % 2)\n"
     )
     monkeypatch.setenv("NETASSAY_METHODS", str(tmp_path))
@@ -398,6 +399,17 @@ def test_two_spellings_of_one_recipe_are_one_network(tmp_path: Path) -> None:
             "jobs: [{method: diagnostics.echo, limits: {memory: lots}}]",
             "memory is 'lots', must be a size such as 500MB",
         ),
+        (f"jobs: [{{method: diagnostics.echo, limits: {{seconds: 1{'0' * 400}}}}}]", "must be a number above 0"),
+        (
+            "jobs: [{method: diagnostics.echo, limits: {memory: 99999999999999999TB}}]",
+            "memory is '99999999999999999TB', must be at most 9,223,372,036,854,774,784 bytes",
+        ),
+        (
+            f"jobs: [{{method: diagnostics.echo, limits: {{memory: {2**63}}}}}]",
+            "must be at most 9,223,372,036,854,774,784 bytes",
+        ),
+        ("jobs: [{method: diagnostics.echo, limits: {memory: 0.4B}}]", "memory is '0.4B', must be at least 1 byte"),
+        ("jobs: [{method: diagnostics.echo, limits: {memory: 0}}]", "memory is 0, must be at least 1 byte"),
         ("jobs: [{method: diagnostics.echo, limits: {time: 1}}]", "must be a mapping with seconds, memory or both"),
         ("jobs:\n  - a: 1\n    a: 2", "line 3, column 5: 'a' is given twice, first in line 2"),
         ("jobs: [\n  {a: 1", "line 3, column 1"),
@@ -421,6 +433,9 @@ def test_bad_structure_is_refused(text: str, expected: str) -> None:
         ("method: diagnostics.echo, params: {value: .nan}", "value is nan, must be a finite number"),
         ("method: diagnostics.echo, params: {value: [1]}", "value is [1], must be a number or text"),
         ("method: diagnostics.echo, params: {value: 1, tag: 0.5}", "tag is 0.5, must be a whole number"),
+        ("method: diagnostics.sleep, params: {seconds: yes}", "seconds is true, must be a number"),
+        ("method: diagnostics.echo, params: {value: 1, tag: off}", "tag is false, must be a number"),
+        ("method: diagnostics.echo, params: {value: on}", "must be text (write it in quotes); is true, must be a number"),
         ("method: diagnostics.sleep, params: {seconds: -1}", "seconds is -1, must be at least 0.0"),
         ("method: diagnostics.sleep, params: {seconds: .inf}", "seconds is inf, must be a finite number"),
         ("method: diagnostics.sleep, params: {seconds: soon}", "seconds is 'soon', must be a number"),

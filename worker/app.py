@@ -10,10 +10,10 @@ import sys
 import warnings
 from typing import Any
 
-import structlog
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
+from netassay import logs
 from netassay.settings import settings
 from netassay.store.database import PATIENCE, Database
 from netassay.store.dispatching import QUEUE, TASK, key_prefix
@@ -80,13 +80,7 @@ def run_chunk(chunk_id: int, label: str = "") -> None:
 @signals.worker_init.connect
 def _start(sender: Any = None, **_: Any) -> None:
     global _supervisor
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.dev.ConsoleRenderer(colors=False),
-        ]
-    )
+    logs.configure()
     concurrency = sender.concurrency if sender is not None else 1
     try:
         supervisor = Supervisor(settings(), int(concurrency))

@@ -105,7 +105,8 @@ class Slot:
         faults.reach("worker.popped")
         supervisor = self.supervisor
         database, worker_id = supervisor.database, supervisor.worker_id
-        claim = database.persist(30.0, lambda: running.claim(database, worker_id, chunk_id))
+        token = running.new_token()
+        claim = database.persist(30.0, lambda: running.claim(database, worker_id, chunk_id, token))
         if claim is None:
             return
         faults.reach("worker.claimed")
@@ -238,10 +239,12 @@ class Slot:
         except Exception:
             log.exception("results_lost", chunk=claim.chunk_id, jobs=len(outcomes))
             self._wait(SHORT_SECONDS)
-            try:
-                self._insist(claim, lambda: self._release(claim), held=0)
-            except Exception:
-                log.exception("chunk_not_released", chunk=claim.chunk_id)
+            while not self.supervisor.overdue():
+                try:
+                    return self._insist(claim, lambda: self._release(claim), held=0)
+                except Exception:  # as long as this worker lives, nobody else would give the chunk back
+                    log.exception("chunk_not_released", chunk=claim.chunk_id, again_in=SHORT_SECONDS)
+                    _sleep(SHORT_SECONDS, self.supervisor.overdue)
 
     def _release(self, claim: Claim) -> None:
         """Give the whole chunk back: nobody takes a chunk from a worker that lives."""

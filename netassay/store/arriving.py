@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, text
 
-from netassay.job import BUILDER
+from netassay.job import BUILDER, ENDS
 from netassay.method import time_limit
-from netassay.store.database import PATIENCE, Database, slices
+from netassay.store.database import PATIENCE, Database, StoreError, slices
 from netassay.store.reset import make_ready
 
 
@@ -60,15 +62,67 @@ def recipe_of(params: str) -> str:
     return json.loads(params)["recipe"]
 
 
+#: The dispatcher divides by a weight: none may be 0, or so far from the others that they stand still.
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
+#: A name is typed, and shown in a line; a note is a page at most.
+LONGEST_NAME, LONGEST_NOTE = 200, 10_000
+# Neither UTF-8 nor PostgreSQL has them all; the others would write on a terminal what is not there.
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+def check_weight(weight: Any) -> None:
+    """Raises StoreError for what is no share of the slots."""
+    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not is_number or not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+        raise StoreError(f"a weight of {str(weight)[:50]} is outside {LEAST_WEIGHT}..{MOST_WEIGHT}")
+
+
+def check_name(name: Any) -> None:
+    """Raises StoreError for what a batch cannot be called."""
+    if not isinstance(name, str):
+        wrong = "is no text"
+    elif not name:
+        wrong = "is empty"
+    elif len(name) > LONGEST_NAME:
+        wrong = f"has {len(name):,} characters, at most {LONGEST_NAME} are possible"
+    elif not name.isprintable():
+        wrong = f"holds {next(one for one in name if not one.isprintable())!a}, which cannot be printed"
+    elif name != name.strip():
+        wrong = "begins or ends with a space"
+    elif name.startswith("-"):
+        wrong = "begins with a dash, as options do"
+    else:
+        return
+    raise StoreError(f"a batch cannot be called {ascii(name)[:80]}: the name {wrong}; give it another name")
+
+
+def check_note(note: Any) -> None:
+    """Raises StoreError for what cannot be kept as a note."""
+    if not isinstance(note, str):
+        raise StoreError(f"the note is no text but a {type(note).__name__}")
+    if len(note) > LONGEST_NOTE:
+        raise StoreError(f"the note has {len(note):,} characters, at most {LONGEST_NOTE:,} are kept; shorten it")
+    if bad := _NO_TEXT.search(note):
+        raise StoreError(f"the note holds {bad[0]!a}, which is no text; leave it out")
+
+
+def check(name: Any, weight: Any, note: Any) -> None:
+    """Raises StoreError for what a batch cannot have. `begin` asks too: this is for those who store files before."""
+    check_name(name)
+    check_weight(weight)
+    check_note(note)
+
+
 def begin(database: Database, name: str, digest: bytes, size: int, weight: float = 1.0, note: str = "") -> int:
-    """Make a batch that is open to nobody yet. Returns its id."""
+    """Make a batch that is open to nobody yet. Returns its id. Raises StoreError, as `check`."""
+    check(name, weight, note)
     with database.write(beside=True) as connection:
         return connection.execute(
             text(
                 "INSERT INTO batch (name, digest, state, weight, size, submitted_at, note)"
                 " VALUES (:name, :digest, 'arriving', :weight, :size, :now, :note) RETURNING id"
             ),
-            {"name": name, "digest": digest, "weight": weight, "size": size, "now": time.time(), "note": note},
+            {"name": name, "digest": digest, "weight": float(weight), "size": size, "now": time.time(), "note": note},
         ).scalar_one()  # fmt: skip
 
 
@@ -276,46 +330,64 @@ MOST_RUNS = 50
 
 
 def _count_ended(connection: Connection, batch_id: int, base: int) -> None:
-    """Jobs from `base` on that ended in earlier batches are counted here and now, not sent around to be found done."""
-    segments = connection.execute(
-        text("SELECT id, start, stop FROM segment WHERE batch_id = :id AND start >= :base ORDER BY start"),
-        {"id": batch_id, "base": base},
-    ).all()
-    for segment in segments:
-        place = {"b": batch_id, "s": segment.id, "start": segment.start, "stop": segment.stop}
-        within = "m.batch_id = :b AND m.ordinal >= :start AND m.ordinal < :stop"
-        ended: dict[str, int] = dict(
-            connection.execute(
-                text(
-                    "SELECT r.state, count(*) FROM membership m JOIN record r ON r.job_id = m.job_id"
-                    f" WHERE {within} GROUP BY r.state"
-                ),
-                place,
-            ).all()
+    """Jobs from `base` on that ended in earlier batches are counted here and now, not sent around to be found done.
+
+    Everybody waits meanwhile, and segments may be a hundred thousand: none of them is asked for by itself.
+    """
+    place = {"b": batch_id, "base": base}
+    jobs = "segment s JOIN membership m ON m.batch_id = s.batch_id AND m.ordinal >= s.start AND m.ordinal < s.stop"
+    ended: dict[int, dict[str, int]] = {}
+    for segment, state, number in connection.execute(
+        text(
+            f"SELECT s.id, r.state, count(*) FROM {jobs} JOIN record r ON r.job_id = m.job_id"
+            " WHERE s.batch_id = :b AND s.start >= :base GROUP BY s.id, r.state"
+        ),
+        place,
+    ):
+        ended.setdefault(segment, {})[state] = number
+    if not ended:
+        return
+    ranges = {
+        row.id: (row.start, row.stop)
+        for row in connection.execute(
+            text("SELECT id, start, stop FROM segment WHERE batch_id = :b AND start >= :base ORDER BY start"), place
         )
-        if not ended:
-            continue
-        rest = connection.execute(
+        if row.id in ended
+    }
+    partly = [one for one, (start, stop) in ranges.items() if sum(ended[one].values()) < stop - start]
+    left: dict[int, list[int]] = {}
+    for piece in slices(partly, 1_000):
+        for segment, ordinal in connection.execute(
             text(
-                f"SELECT m.ordinal FROM membership m WHERE {within}"
+                f"SELECT s.id, m.ordinal FROM {jobs} WHERE s.id IN ({', '.join(map(str, piece))})"
                 " AND NOT EXISTS (SELECT 1 FROM record r WHERE r.job_id = m.job_id) ORDER BY m.ordinal"
-            ),
-            place,
-        ).scalars()
-        ordinals = list(rest)
-        runs = bool(ordinals) + sum(after - before > 1 for before, after in itertools.pairwise(ordinals))
-        if runs > MOST_RUNS:
-            continue  # cut as usual: its chunks find the ended jobs as they pass
-        connection.execute(text("UPDATE segment SET next = stop WHERE id = :s"), place)
-        connection.execute(
-            text(
-                "INSERT INTO chunk (segment_id, batch_id, start, stop, state, done, not_applicable, failed)"
-                " VALUES (:s, :b, :start, :stop, 'finished', :done, :not_applicable, :failed)"
-            ),
-            {"done": 0, "not_applicable": 0, "failed": 0, **ended, **place},
-        )
-        if ordinals:
-            make_ready(connection, batch_id, ordinals)
+            )
+        ):
+            left.setdefault(segment, []).append(ordinal)
+    # The others are cut as usual: their chunks find the ended jobs as they pass.
+    counted = [one for one in ranges if _runs(left.get(one, [])) <= MOST_RUNS]
+    if not counted:
+        return
+    for piece in slices(counted, 1_000):
+        connection.execute(text(f"UPDATE segment SET next = stop WHERE id IN ({', '.join(map(str, piece))})"))
+    connection.execute(
+        text(
+            "INSERT INTO chunk (segment_id, batch_id, start, stop, state, done, not_applicable, failed)"
+            " VALUES (:s, :b, :start, :stop, 'finished', :done, :not_applicable, :failed)"
+        ),
+        [
+            {"s": one, "b": batch_id, "start": ranges[one][0], "stop": ranges[one][1], **dict.fromkeys(ENDS, 0),
+             **ended[one]}
+            for one in counted
+        ],
+    )  # fmt: skip
+    if ordinals := [ordinal for one in counted for ordinal in left.get(one, [])]:
+        make_ready(connection, batch_id, ordinals)
+
+
+def _runs(ordinals: Sequence[int]) -> int:
+    """How many runs of neighbours there are."""
+    return bool(ordinals) + sum(after - before > 1 for before, after in itertools.pairwise(ordinals))
 
 
 def discard(database: Database, batch_id: int) -> None:

@@ -149,7 +149,7 @@ class Artifacts:
     def share(self, reference: str, give_up: Callable[[], bool] = never) -> None:
         """See to it that others can read what lies on this host; nothing to do without a remote.
 
-        Raises FileNotFoundError where it does not lie here, RemoteOutage.
+        Raises FileNotFoundError where it does not lie here, or damaged; RemoteOutage.
         """
         digest, now = _digest(reference), time.monotonic()
         if self.remote is None or now < self._shared.get(digest, -1.0):
@@ -159,6 +159,8 @@ class Artifacts:
         # By the clocks of two hosts: an hour between them does no harm.
         old = there is not None and time.time() - there.modified > RENEWED_SECONDS
         if there is None or old or there.bytes != path.stat().st_size:
+            if not self._sound(digest):  # what is there may be better
+                raise FileNotFoundError(path)
             self.remote.write(digest, path, give_up)
         self._remember(digest)
 

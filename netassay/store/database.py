@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, inspect, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import QueuePool
 
@@ -52,6 +52,19 @@ _POSTGRES = {
 }
 
 T = TypeVar("T")
+
+#: Seconds that a client may be silent within a write; whoever is stopped or cut off there would hold up all others.
+SILENT_SECONDS = 60
+#: Set on the server's side too, for the other half of the connection: there a dead client is waited for just as long.
+_SERVER = {
+    "tcp_keepalives_idle": "20",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "2",
+    "tcp_user_timeout": "30000",
+}
+#: What PostgreSQL says when it takes no writes for a while (it is the standby, or became one; its disk is nearly full),
+#: or ended a write that was silent for too long. The driver counts them among its internal errors.
+_OUTAGES = ("25006", "25P03")
 
 #: What a database that is down, locked, full or cut off raises: worth trying again.
 Outage: tuple[type[DBAPIError], ...] = (OperationalError, InterfaceError)
@@ -98,7 +111,11 @@ class Database:
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
             arguments = {name: value for name, value in _POSTGRES.items() if name not in self.url.query}
-            self.engine = create_engine(self.url, connect_args=arguments, pool_pre_ping=True, **pool)
+            self.engine = create_engine(
+                self.url, connect_args=arguments, pool_pre_ping=True, isolation_level="READ COMMITTED", **pool
+            )
+            event.listen(self.engine, "connect", _prepare_postgres)
+            event.listen(self.engine, "handle_error", _tell_outage, retval=True)
 
     @property
     def sqlite(self) -> bool:
@@ -161,7 +178,10 @@ class Database:
                 f"{'.'.join(map(str, OLDEST_SQLITE))} or newer: use a newer Python, or one of conda-forge"
             )
         if self.sqlite and self.url.database:
-            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreOutage(f"the store {self} cannot be opened: {error}; {self._way_out()}") from error
         try:
             found = self._schema()
             if found == SCHEMA:
@@ -277,6 +297,21 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     cursor.close()
 
 
+def _prepare_postgres(connection: Any, _: Any) -> None:
+    settings = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in _SERVER.items())
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT {settings}")
+    connection.commit()
+
+
+def _tell_outage(context: ExceptionContext) -> BaseException | None:
+    """An outage that does not look like one, as an OperationalError."""
+    error = context.original_exception
+    if getattr(error, "sqlstate", None) not in _OUTAGES:
+        return None
+    return OperationalError(context.statement, None, error, connection_invalidated=context.is_disconnect)
+
+
 def _begin_sqlite(connection: Connection) -> None:
     writing = connection.get_execution_options().get("netassay_write")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
@@ -299,9 +334,10 @@ def _take_turn(connection: Connection, durable: bool, beside: bool) -> None:
         text(
             "SELECT set_config('synchronous_commit', :level, true), set_config('enable_seqscan', 'off', true),"
             " set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true),"
+            " set_config('idle_in_transaction_session_timeout', :silent, true),"
             f" pg_advisory_xact_lock{shared}(:lock)"
         ),
-        {"level": "on" if durable else "off", "lock": _LOCK},
+        {"level": "on" if durable else "off", "lock": _LOCK, "silent": f"{SILENT_SECONDS}s"},
     )
 
 
@@ -319,10 +355,11 @@ def _copy(connection: Connection, table: str, columns: Sequence[str], rows: list
     except psycopg.Error as error:
         # Past SQLAlchemy, so its own errors have to be made here: callers tell outages from refusals by them.
         lost = bool(driver.closed)
-        raised = DBAPIError.instance(
+        if error.sqlstate in _OUTAGES:
+            raise OperationalError(statement, None, error, connection_invalidated=lost) from error
+        raise DBAPIError.instance(
             statement, None, error, psycopg.Error, connection_invalidated=lost, dialect=connection.dialect
-        )
-        raise raised from error
+        ) from error
 
 
 def slices(items: Sequence, size: int = 10_000) -> Iterable[Sequence]:

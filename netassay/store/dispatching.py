@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Row, text
 
 from netassay.job import BUILDER
-from netassay.store.database import Database
+from netassay.store.database import Database, slices
 
 #: The Celery task that runs a chunk and the queue it travels in: the one name by which dispatcher and worker, which do
 #: not import each other, meet.
@@ -305,7 +306,7 @@ def blocked(connection: Connection) -> bool:
     return connection.execute(text("SELECT 1 FROM chunk WHERE state = 'blocked' LIMIT 1")).one_or_none() is not None
 
 
-def _settled_segments(connection: Connection) -> list[tuple[int, bool]]:
+def _settled_segments(connection: Connection) -> dict[int, bool]:
     """Segments of open batches that wait though all they need has ended, and whether all of it is done."""
     rows = connection.execute(
         text(
@@ -317,25 +318,57 @@ def _settled_segments(connection: Connection) -> list[tuple[int, bool]]:
     found: dict[int, list[str]] = {}
     for segment_id, state in rows:
         found.setdefault(segment_id, []).append(state)
-    return [(segment, set(ends) == {"done"}) for segment, ends in found.items() if "" not in ends]
+    return {segment: set(ends) == {"done"} for segment, ends in found.items() if "" not in ends}
 
 
 def settle_needs(database: Database) -> int:
     """Let segments go whose needs are done; fail the jobs of those whose needs failed. Returns how many changed."""
     with database.read() as connection:
-        if not _settled_segments(connection):
-            return 0
-    with database.write() as connection:
-        found = _settled_segments(connection)  # again: a retry may have come in between
-        for segment_id, done in found:
-            connection.execute(text("UPDATE segment SET waiting = 0 WHERE id = :id"), {"id": segment_id})
-            if not done:
-                _fail_segment(connection, segment_id)
+        found = _settled_segments(connection)
+    if not found:
+        return 0
+    if any(found.values()):
+        with database.write() as connection:
+            # Again: a retry may have come in between.
+            ready = [segment for segment, done in _settled_segments(connection).items() if done]
+            for piece in slices(ready, 1_000):
+                connection.execute(text(f"UPDATE segment SET waiting = 0 WHERE id IN ({', '.join(map(str, piece))})"))
+    _fail_segments(database, [segment for segment, done in found.items() if not done])
     return len(found)
 
 
-def _fail_segment(connection: Connection, segment_id: int) -> None:
-    """Fail every job of a segment that has not ended; its unfinished chunks then find nothing left to run."""
+#: Jobs that one transaction fails: all others wait meanwhile.
+_SLICE = 10_000
+
+
+def _fail_segments(database: Database, segments: Sequence[int]) -> None:
+    """Fail every job of these segments that has not ended; their unfinished chunks then find nothing left to run.
+
+    A segment that takes several transactions waits for its needs until the last of them.
+    """
+    with database.read() as connection:
+        pieces = deque(
+            (row.id, start, min(start + _SLICE, row.stop), start + _SLICE >= row.stop)
+            for some in slices(segments, 1_000)
+            for row in connection.execute(
+                text(f"SELECT id, start, stop FROM segment WHERE id IN ({', '.join(map(str, some))})")
+            ).all()
+            for start in range(row.start, row.stop, _SLICE)
+        )
+    while pieces:
+        with database.write() as connection:
+            settled, jobs = _settled_segments(connection), 0
+            while pieces and jobs < _SLICE:
+                segment, start, stop, last = pieces.popleft()
+                if settled.get(segment, True):
+                    continue  # a retry came in between
+                _fail_range(connection, segment, start, stop)
+                jobs += stop - start
+                if last:
+                    connection.execute(text("UPDATE segment SET waiting = 0 WHERE id = :id"), {"id": segment})
+
+
+def _fail_range(connection: Connection, segment_id: int, start: int, stop: int) -> None:
     needed = connection.execute(
         text(
             "SELECT n.reference, r.state, r.cause, r.message FROM need n JOIN record r ON r.job_id = n.job_id"
@@ -351,11 +384,11 @@ def _fail_segment(connection: Connection, segment_id: int) -> None:
         text(
             "INSERT INTO record (job_id, state, cause, message, finished_at)"
             " SELECT m.job_id, 'failed', 'dependency', :message, :now FROM segment s"
-            " JOIN membership m ON m.batch_id = s.batch_id AND m.ordinal >= s.start AND m.ordinal < s.stop"
+            " JOIN membership m ON m.batch_id = s.batch_id AND m.ordinal >= :start AND m.ordinal < :stop"
             " WHERE s.id = :id AND NOT EXISTS (SELECT 1 FROM running u WHERE u.job_id = m.job_id)"
             " ON CONFLICT DO NOTHING"
         ),
-        {"id": segment_id, "message": message, "now": time.time()},
+        {"id": segment_id, "message": message, "now": time.time(), "start": start, "stop": stop},
     )
 
 

@@ -167,26 +167,35 @@ def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int
     )
 
 
-def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
+def new_token() -> str:
+    """What one claim writes into its chunk."""
+    return secrets.token_hex(8)
+
+
+def claim(database: Database, worker_id: int, chunk_id: int, token: str = "") -> Claim | None:
     """Take a chunk and those of its jobs that are neither done nor running elsewhere.
+
+    token: a `new_token()`, made here if not given. With the same again, where the answer to the first try was lost, it
+    finds what that took.
 
     None where there is nothing to do: claimed by another, its batch is not open, its needs are to be built anew, or
     this worker was given up. The claim is the acknowledgement.
     """
-    token = secrets.token_hex(8)
+    token = token or new_token()
     with database.write(beside=True) as connection:
         chunk = connection.execute(
             text(
-                "SELECT c.id, c.batch_id, c.segment_id, c.start, c.stop, c.state, c.serial, b.state AS batch_state,"
-                " s.waiting, s.method_id, s.time_limit, s.memory_limit, s.group_size, s.libraries,"
-                " coalesce(s.seconds, m.seconds, s.hint) AS seconds, m.name, m.version"
+                "SELECT c.id, c.batch_id, c.segment_id, c.start, c.stop, c.state, c.token, c.serial,"
+                " b.state AS batch_state, s.waiting, s.method_id, s.time_limit, s.memory_limit, s.group_size,"
+                " s.libraries, coalesce(s.seconds, m.seconds, s.hint) AS seconds, m.name, m.version"
                 " FROM chunk c JOIN batch b ON b.id = c.batch_id JOIN segment s ON s.id = c.segment_id"
                 " JOIN method_version m ON m.id = s.method_id WHERE c.id = :id"
                 + ("" if database.sqlite else " FOR UPDATE OF c")  # of two that claim it, one waits here for the other
             ),
             {"id": chunk_id},
         ).one_or_none()
-        if chunk is None or chunk.state not in ("published", "ready"):
+        ours = chunk is not None and chunk.state == "claimed" and chunk.token == token
+        if chunk is None or not (ours or chunk.state in ("published", "ready")):
             return None
         # Once a worker has been declared lost nobody watches it any more: what it took then would never be taken back.
         alive = connection.execute(
@@ -199,7 +208,7 @@ def claim(database: Database, worker_id: int, chunk_id: int) -> Claim | None:
         taken = connection.execute(
             text(
                 "UPDATE chunk SET state = 'claimed', token = :token, worker_id = :worker"
-                " WHERE id = :id AND state IN ('ready', 'published')"
+                " WHERE id = :id AND (state IN ('ready', 'published') OR token = :token)"
             ),
             {"id": chunk_id, "token": token, "worker": worker_id},
         ).rowcount
@@ -323,7 +332,14 @@ def report_death(database: Database, worker_id: int, claim: Claim, death: Death)
     """
     log = death.log if len(death.job_ids) == 1 else death.log[-GROUP_LOG:]
     with database.write(beside=True) as connection:
-        _fence(connection, claim)
+        if not _fence(connection, claim):
+            return
+        there = connection.execute(
+            text("SELECT job_id FROM attempt WHERE chunk_id = :id AND token = :token AND started_at = :started"),
+            {"id": claim.chunk_id, "token": claim.token, "started": death.started_at},
+        ).scalars()
+        if set(there) & set(death.job_ids):
+            return  # done at a first try, whose answer got lost
         connection.execute(
             text(
                 "INSERT INTO attempt (job_id, chunk_id, token, worker_id, started_at, ended_at, cause, alone,"
@@ -339,13 +355,15 @@ def report_death(database: Database, worker_id: int, claim: Claim, death: Death)
         )  # fmt: skip
 
 
-def _fence(connection: Connection, claim: Claim) -> None:
-    held = connection.execute(
-        text("SELECT 1 FROM chunk WHERE id = :id AND token = :token AND state = 'claimed'"),
+def _fence(connection: Connection, claim: Claim) -> bool:
+    """Whether the chunk is in hand; not, if this very claim finished it already. Raises StaleToken."""
+    state = connection.execute(
+        text("SELECT state FROM chunk WHERE id = :id AND token = :token"),
         {"id": claim.chunk_id, "token": claim.token},
-    ).one_or_none()
-    if held is None and faults.guarded("fence"):
+    ).scalar_one_or_none()
+    if state is None and faults.guarded("fence"):
         raise StaleToken(f"chunk {claim.chunk_id} was taken over")
+    return state != "finished"
 
 
 def finish(
@@ -374,7 +392,8 @@ def _finish(
     singly: bool,
 ) -> None:
     with database.write(beside=True) as connection:
-        _fence(connection, claim)
+        if not _fence(connection, claim):
+            return  # done at a first try, whose answer got lost
         inputs = json.dumps(claim.given, sort_keys=True) if claim.given else None
         now = time.time()
         rows = [
@@ -450,7 +469,7 @@ def _settle(connection: Connection, claim: Claim) -> None:
     counts = {state: found.get(state, 0) for state in ENDS}
     connection.execute(
         text(
-            "UPDATE chunk SET state = 'finished', token = NULL, current = NULL, done = :done,"
+            "UPDATE chunk SET state = 'finished', current = NULL, done = :done,"
             " not_applicable = :not_applicable, failed = :failed WHERE id = :id"
         ),
         {**counts, **place},
