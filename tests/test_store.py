@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1195,6 +1196,67 @@ def test_a_claim_that_loses_the_race_between_look_and_write_takes_nothing(databa
     assert running.claim(database, worker, message.chunk_id) is None
     assert rows(database, "SELECT state, token FROM chunk") == [("finished", None)]
     assert rows(database, "SELECT count(*) FROM running") == [(0,)]
+
+
+@contextlib.contextmanager
+def just_before(found: Database, beginning: str, action: Callable[[], None]) -> Iterator[None]:
+    """`action` once, when the first statement that begins so is about to be executed."""
+    done_so = []
+
+    def look(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith(beginning) and not done_so:
+            done_so.append(statement)
+            action()
+
+    event.listen(found.engine, "before_cursor_execute", look)
+    yield
+    event.remove(found.engine, "before_cursor_execute", look)
+    assert done_so, f"no statement began with {beginning}"
+
+
+@pytest.fixture
+def shared_job(tmp_path: Path) -> Iterator[tuple[Database, int, Claim, int]]:
+    """On PostgreSQL, where writes overlap: two batches share job 2, which this claim of the first is running. The chunk
+    of the second, with jobs 2 and 3, is published."""
+    with services.new_store("postgresql", tmp_path) as found:
+        worker = sign_on(found)
+        submit(found, "a", jobs([1, 2]))
+        first, second = (claim_of(found, worker, message.chunk_id) for message in publish(found))
+        finish(found, worker, first)
+        submit(found, "b", jobs([4, 3, 2]))
+        alone, both = publish(found)
+        finish(found, worker, claim_of(found, worker, alone.chunk_id))
+        yield found, worker, second, both.chunk_id
+
+
+def test_a_job_that_another_ends_while_it_is_claimed_is_not_run_again(shared_job: Any) -> None:
+    found, worker, other, chunk = shared_job
+
+    def let_go() -> None:
+        """The end of its hold comes with its record. A claim under way may see the first and not yet the second: it
+        looked for records before it waited for the hold to end."""
+        with found.write(beside=True) as connection:
+            connection.execute(text("DELETE FROM running WHERE chunk_id = :id"), {"id": other.chunk_id})
+
+    with (
+        just_before(found, "INSERT INTO running", let_go),
+        just_before(found, "DELETE FROM running u USING record", lambda: finish(found, worker, other)),
+    ):
+        mine = claim_of(found, worker, chunk)
+    assert [number_of(task) for task in mine.tasks] == [3]
+    finish(found, worker, mine)
+    drain(found, worker)
+    audit_at_rest(found)
+
+
+def test_a_job_that_another_ends_while_a_chunk_is_settled_is_counted_once(shared_job: Any) -> None:
+    found, worker, other, chunk = shared_job
+    mine = claim_of(found, worker, chunk)
+    assert all(number_of(task) != 2 for task in mine.tasks)
+    with just_before(found, "SELECT m.ordinal, coalesce(r.state", lambda: finish(found, worker, other)):
+        finish(found, worker, mine)
+    drain(found, worker)
+    audit_at_rest(found)
 
 
 def test_forty_threads_write_at_once(database: Database) -> None:
