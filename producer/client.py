@@ -14,6 +14,7 @@ What a person can mend is raised as a `netassay.errors.UserError`, with the same
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 import warnings
@@ -481,22 +482,33 @@ def _no_batch(database: Database, name: str) -> str:
 
 def _moment(since: str | float | datetime | None) -> float | None:
     """Seconds since 1970 of `7d`, `12h`, `30m` (ago), an ISO date or time, a datetime, or such seconds themselves."""
-    from datetime import datetime
-
-    if since is None or isinstance(since, int | float):
-        return since
-    if isinstance(since, datetime):
-        return since.timestamp()
-    units = {"d": 86_400, "h": 3_600, "m": 60}
-    with contextlib.suppress(ValueError):
-        return time.time() - float(since[:-1]) * units[since[-1:]] if since[-1:] in units else _of_iso(since)
+    if since is None:
+        return None
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = _seconds(since)
+        if math.isfinite(moment):
+            return moment
     raise UserError(f"since={since!r} is no time; give 7d, 12h, 30m, 2026-01-31, a datetime or seconds since 1970")
 
 
-def _of_iso(text: str) -> float:
+def _seconds(since: str | float | datetime) -> float:
+    """As `_moment`. Raises ValueError, OverflowError."""
     from datetime import datetime
 
-    return datetime.fromisoformat(text).timestamp()
+    units = {"d": 86_400, "h": 3_600, "m": 60}
+    if isinstance(since, datetime):
+        return since.timestamp()
+    if not isinstance(since, str):
+        return _not_negative(since)
+    if since[-1:] in units:
+        return time.time() - _not_negative(float(since[:-1])) * units[since[-1:]]
+    return datetime.fromisoformat(since).timestamp()
+
+
+def _not_negative(number: float) -> float:
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def _to_pandas(frame: polars.DataFrame) -> Any:

@@ -21,19 +21,15 @@ in one column.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import datetime
 import enum
 import functools
 import itertools
 import json
-import math
-import os
-import tempfile
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -47,6 +43,8 @@ from netassay.job import Record
 from netassay.store import reading, storable
 from netassay.store.database import Database
 from netassay.store.reading import Query
+from netassay.store.transfer import beside
+from producer.wording import plain, strict
 
 if TYPE_CHECKING:
     import polars
@@ -300,14 +298,18 @@ def _columns(params: Mapping[Place, _Shape], result: Mapping[Place, _Shape], arr
     taken = set(_ABOUT)
     for source, shapes in (("params", params), ("result", result)):
         for path, shape in shapes.items():
-            name = ".".join(path)
-            while name in taken:
-                name = f"{source}.{name}"
+            name = _free(source, ".".join(path), taken)
             assert shape.kind is not None
             for column in _parts(name, shape, _reader(source, path), arrays):
                 taken.add(column.name)
                 found.append(column)
     return found
+
+
+def _free(source: str, name: str, taken: Container[str]) -> str:
+    while name in taken:
+        name = f"{source}.{name}"
+    return name
 
 
 def _reader(source: str, path: Place) -> Callable[[Sequence[Record]], list[Any]]:
@@ -390,6 +392,11 @@ class Schema:
 
     def arrow(self, wanted: Sequence[str] = ()) -> pa.Schema:
         return pa.schema([(name, self.columns[name]) for name in wanted or self.columns])
+
+
+def _check(schema: Schema, wanted: Iterable[str]) -> None:
+    if unknown := [name for name in dict.fromkeys(wanted) if name not in schema.columns]:
+        raise NoSuchColumn(f"there is no column {', '.join(unknown)}; columns are: {', '.join(schema.columns)}")
 
 
 Texts = Callable[[str, int], Iterable[tuple[dict[str, Any], dict[str, Any] | None]]]
@@ -527,22 +534,13 @@ def _fit(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return None
     if kind == _TEXT:
-        text = value if isinstance(value, str) else json.dumps(_strict(value), ensure_ascii=False, allow_nan=False)
+        text = value if isinstance(value, str) else json.dumps(strict(value), ensure_ascii=False, allow_nan=False)
         return text.encode(errors="backslashreplace").decode()
     if kind == _FLOAT and not isinstance(value, bool):
         return float(value)
     if pa.types.is_list(kind) and isinstance(value, list):
         return [_fit(item, kind.value_type) for item in value]
     return value
-
-
-def _strict(value: Any) -> Any:
-    """JSON knows no NaN: as in the store, `{"float": "nan"}`; a number by itself as its word."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if isinstance(value, dict):
-        return {name: _strict(item) for name, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list) else value
 
 
 Progress = Callable[[int], None]
@@ -557,14 +555,13 @@ class _Source:
     first, and widened where a walk meets what does not fit."""
 
     def __init__(self, walk: Callable[[], Iterable[Record]], decide: Callable[[], Schema], wanted: Sequence[str]):
-        self.walk, self.decide, self.wanted = walk, decide, list(wanted)
+        self.walk, self.decide, self.wanted = walk, decide, list(dict.fromkeys(wanted))
         self.text: set[str] = set()
 
     def schema(self) -> Schema:
         schema = self.decide()
         schema.columns |= {name: pa.string() for name in self.text if name in schema.columns}
-        if unknown := [name for name in self.wanted if name not in schema.columns]:
-            raise NoSuchColumn(f"there is no column {', '.join(unknown)}; columns are: {', '.join(schema.columns)}")
+        _check(schema, self.wanted)
         return schema
 
     def tables(self, schema: Schema, progress: Progress) -> Iterator[pa.Table]:
@@ -605,6 +602,53 @@ def _of_records(records: Sequence[Record], arrays: bool, wanted: Sequence[str]) 
         return _schema(sorted({(record.method, record.version) for record in records}), texts, arrays)
 
     return _Source(lambda: records, decide, wanted)
+
+
+# --- rows of plain values -----------------------------------------------------------------------------------------
+
+
+def fields_of(record: Record) -> Iterator[tuple[str, str, Any]]:
+    """(`params` or `result`, column, value) of each field, nested values whole and arrays by what they are."""
+    taken = set(_ABOUT)
+    for source, values in (("params", record.params), ("result", record.result or {})):
+        for field_name, value in values.items():
+            name = _free(source, field_name, taken)
+            taken.add(name)
+            yield source, name, _called(record, value) if source == "params" else plain(value)
+
+
+def flat(record: Record) -> dict[str, Any]:
+    """A record as one row, its columns called as in a frame."""
+    row: dict[str, Any] = {"job": record.key[:12], "method": record.method, "state": record.state}
+    row |= {name: value for _, name, value in fields_of(record)}
+    return row | {"seconds": record.seconds, "cause": record.cause, "message": record.message}
+
+
+def flat_rows(
+    database: Database, query: Query, columns: Sequence[str] = (), progress: Progress = _quiet
+) -> Iterator[dict[str, Any]]:
+    """The records of a query as `flat` rows, with those of these columns that a flat row has not (`training.kind`).
+
+    Raises NoSuchColumn, and what `reading.find` raises, at the first row.
+    """
+    schema = _of_store(database, query, False, columns).schema() if columns else None
+    for number, record in enumerate(reading.find(database, query), 1):
+        row = flat(record)
+        if schema is not None and (more := set(columns) - row.keys()):
+            row |= {name: _of_job(name, record) for name in more & _ABOUT.keys()}
+            readers = schema.methods.get((record.method, record.version), ())
+            row |= {column.name: column.values([record])[0] for column in readers if column.name in more}
+        yield row
+        if number % 1000 == 0:
+            progress(number)
+
+
+def _of_job(name: str, record: Record) -> Any:
+    (value,) = pa.array(_about(name, [record]), _ABOUT[name]).to_pylist()
+    return _utc(value) if isinstance(value, datetime.datetime) else value
+
+
+# --- frames and files ---------------------------------------------------------------------------------------------
 
 
 def frame(
@@ -719,27 +763,9 @@ def _words(values: list[Any], kind: pa.DataType) -> list[Any]:
     if pa.types.is_timestamp(kind):
         return [None if value is None else _utc(value) for value in values]
     if pa.types.is_nested(kind):
-        return [None if value is None else json.dumps(_strict(value), ensure_ascii=False) for value in values]
+        return [None if value is None else json.dumps(strict(value), ensure_ascii=False) for value in values]
     return values
 
 
 def _utc(time: datetime.datetime) -> str:
     return time.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-@contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A temporary file in the folder of `path`, renamed to it when the block ends well."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # As a file made by open() would be: the temporary one is for its owner alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -210,9 +210,11 @@ class Drawing:
     figure: Figure
 
     def save(self, path: str | Path) -> Path:
-        """Write it as .png, .svg or .json, by the suffix. Raises CannotDraw."""
+        """Write it as .png, .svg or .json, by the suffix. Raises CannotDraw, and BadTarget where no file can be."""
+        from netassay.store import transfer
         from producer import drawing
 
+        transfer.target(path)
         return drawing.draw(self.figure, path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:

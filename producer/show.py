@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from netassay.errors import UserError
-from producer.wording import counted
+from producer.wording import counted, strict
 
 if TYPE_CHECKING:
-    from netassay.job import Record
     from netassay.store.reading import Progress
     from producer.doctor import Check
 
 #: Columns of what is written to a file or a pipe, where there is no window to fit.
 PIPE_WIDTH = 160
+#: Columns between those of a table.
+GAP = 2
 
 
 def _console(stderr: bool = False) -> Console:
@@ -94,42 +95,16 @@ def check_table(checks: Iterable[Check]) -> Table:
     return table(("what", "state", "found"), rows)
 
 
-def flat(record: Record) -> dict[str, Any]:
-    """A record as one row of plain values: job, params, results; arrays by their shape."""
-    row: dict[str, Any] = {"job": record.key[:12], "method": record.method, "state": record.state}
-    for name in record.params:
-        row[name] = record.name(name) if isinstance(record.params[name], str) else record.params[name]
-    for name, value in (record.result or {}).items():
-        row[name if name not in row else f"result.{name}"] = plain(value)
-    row["seconds"] = record.seconds
-    row["cause"], row["message"] = record.cause, record.message
-    return row
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, Mapping) and "array" in value and "dtype" in value:
-        return f"array {'x'.join(map(str, value['shape']))}"
-    return value
-
-
-class NoSuchColumn(UserError, LookupError):
-    """The message lists the columns there are."""
-
-
 def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each combination of the `by` columns among done jobs: their number; of each column in `of` (else of
     each result) the mean where it is numeric, and the share of each value where it is a word or true/false.
-
-    Raises NoSuchColumn naming the columns that exist, where `by` or `of` names another.
     """
     groups: dict[tuple, list[dict[str, Any]]] = {}
     seen: dict[str, None] = {}
     for row in rows:
         seen |= dict.fromkeys(row)
         if row["state"] == "done" and all(name in row for name in by):
-            groups.setdefault(tuple(row[name] for name in by), []).append(row)
-    if unknown := [name for name in (*by, *of) if name not in seen]:
-        raise NoSuchColumn(f"there is no column {', '.join(unknown)}; columns are: {', '.join(seen)}")
+            groups.setdefault(tuple(_group(row[name]) for name in by), []).append(row)
     members = [row for group in groups.values() for row in group]
     values = {
         name: list(dict.fromkeys(row[name] for row in members if isinstance(row.get(name), str | bool)))
@@ -144,12 +119,19 @@ def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]
                     if word is False and True in words:
                         continue
                     share = sum(row.get(name) == word for row in group) / len(group)
-                    label = name if word is True else str(word)
-                    line[label if label not in line else f"{name}={word}"] = f"{share:.1%}"
+                    label = f"{name}={word if isinstance(word, str) else json.dumps(word)}"
+                    line[label if not word or word is True or word in line else word] = f"{share:.1%}"
             elif numbers := [row[name] for row in group if isinstance(row.get(name), int | float)]:
                 line[f"mean {name}"] = sum(numbers) / len(numbers)
         result.append(line)
     return result
+
+
+def _group(value: Any) -> Any:
+    """What tells a value from others: a list has no hash, and NaN is not even itself."""
+    if isinstance(value, list | dict) or value != value:
+        return json.dumps(strict(value), ensure_ascii=False)
+    return value
 
 
 #: Columns that say where a row comes from rather than what it found.

@@ -39,9 +39,9 @@ from pydantic import ValidationError
 
 from netassay import catalogue, job
 from netassay.fields import KINDS, ReferenceTo
-from netassay.method import Contract, Method, time_limit
+from netassay.method import TIME_CEILING, Contract, Method, time_limit
 from producer import cells, references, tables, wording
-from producer.documents import KEPT, BadSweep, Document, Entry, RowError, limits_of
+from producer.documents import KEPT, MOST_BYTES, BadSweep, Document, Entry, RowError, limits_of
 from producer.documents import document as document
 from producer.documents import parse as parse
 from producer.documents import read as read
@@ -338,8 +338,8 @@ class _Preparation:
             method=method.name,
             version=method.version,
             group=", ".join(labels or bundled),
-            seconds=needs.seconds,
-            memory=needs.memory,
+            seconds=min(TIME_CEILING, needs.seconds),
+            memory=None if needs.memory is None else min(MOST_BYTES, needs.memory),
             time_limit=limits[0],
             memory_limit=limits[1],
             group_size=needs.group if method.run_many is not None else 1,

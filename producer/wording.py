@@ -1,8 +1,9 @@
-"""Pydantic's errors in plain sentences: which field, what is wrong with it, what to try."""
+"""Pydantic's errors in plain sentences: which field, what is wrong with it, what to try. Values for people and JSON."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -121,6 +122,24 @@ def _pieces(value: Any, quoted: bool = False) -> Iterator[str]:
 def counted(number: int, word: str) -> str:
     """`1 job`, `1,000 jobs`."""
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def strict(value: Any) -> Any:
+    """The same for JSON, which knows no NaN: it is written as in the store, `{"float": "nan"}`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return value
+
+
+def plain(value: Any) -> Any:
+    """A field of a result as it is shown: of an array, what it is."""
+    if isinstance(value, Mapping) and "array" in value and "dtype" in value:
+        return f"array {'x'.join(map(str, value['shape']))}"
+    return value
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

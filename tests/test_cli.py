@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -152,7 +153,8 @@ def test_unknown_names_are_answered_with_what_exists(cli: Cli, tmp_path: Path) -
     assert "causes are" in cli("retry", "numbers", "--failed-with", "bad luck", code=2).stderr
     assert "No such command" in cli("sumbit", code=2).stderr
     assert "no job's key" in cli("logs", "ffffffffffff", code=2).stderr
-    assert "hexadecimal" in cli("logs", "not-a-key", code=2).stderr
+    for key in ("not-a-key", "", "ab cd", "f" * 33):
+        assert "hexadecimal, 1 to 32 digits" in cli("logs", key, code=2).stderr
 
 
 def test_one_job_runs_in_this_process_without_a_lab(cli: Cli, tmp_path: Path) -> None:
@@ -312,6 +314,95 @@ def _plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("NETASSAY_")}
 
 
+# --- signals and streams -------------------------------------------------------------------------------------------
+
+
+def ended_by(sent: signal.Signals, folder: Path, program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line, sent a signal when it writes `here` on standard error; `program` makes it do so."""
+    start = f"import sys\nfrom producer.cli import main\n{program}\nsys.argv = ['netassay', *{words!r}]\nmain()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start],
+        cwd=folder, env=_plain_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line == "here\n":
+                break
+        process.send_signal(sent)
+        out, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(words, process.returncode, out, told)
+
+
+SLEEPS = """
+import time
+def sleep(seconds, real=time.sleep):
+    print("here", file=sys.stderr, flush=True)
+    real(seconds)
+time.sleep = sleep
+"""
+EXPORTS = """
+import time
+from netassay.store import transfer
+def write(self, batches):
+    print("here", file=sys.stderr, flush=True)
+    time.sleep(30)
+transfer._Export.write = write
+"""
+
+
+def test_an_interrupted_verb_says_so(cli: Cli, tmp_path: Path) -> None:
+    cli("submit", sweep(tmp_path, ECHO), "--name", "numbers")
+    done = ended_by(signal.SIGINT, tmp_path, SLEEPS, "wait", "numbers", "--json")
+    assert done.returncode == 130
+    assert json.loads(done.stdout) == {"error": "interrupted", "exit_code": 130, "rows": []}
+    assert set(done.stderr.splitlines()) <= {"here", "netassay: interrupted"}
+    done = ended_by(signal.SIGTERM, tmp_path, EXPORTS, "export", "lab.tar")
+    assert (done.returncode, done.stderr) == (130, "netassay: interrupted\n")
+    assert not list(tmp_path.glob("*lab.tar*"))
+
+
+def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    netassay = f'netassay() {{ "{sys.executable}" -m producer.cli "$@"; }}'
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{netassay}; {command}"],
+        cwd=folder, env=_plain_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_streams_that_end_early_or_are_closed(cli: Cli, tmp_path: Path) -> None:
+    sweep(tmp_path, ECHO.replace("100", "3000"))
+    assert cli("submit", "sweep.yaml", "--name", "numbers").stderr == ""
+    for command, code, told in (
+        ("netassay results --json | head -1", 0, ""),
+        ("netassay results --csv | head -1", 0, ""),
+        ("netassay status --json | true", 0, ""),
+        ("netassay status | true", 0, ""),
+        ("netassay methods >&-", 0, ""),
+        ("netassay results --json >&-", 0, ""),
+        ("netassay wait numbers --timeout 0 <&- >&- 2>&-", 5, ""),
+        ("netassay submit sweep.yaml --dry-run <&-", 0, ""),
+        ("netassay submit - --name nothing --method diagnostics.echo <&-", 2, "standard input"),
+        ("netassay wach >&-", 2, "netassay: No such command"),
+    ):
+        done = shell(tmp_path, command)
+        assert done.returncode == code, (command, done.stderr)
+        assert (told in done.stderr) if told else done.stderr == "", (command, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("words", ["status --json", "status", "methods --json", "results --csv"])
+def test_output_that_cannot_be_written_is_one_message(cli: Cli, tmp_path: Path, words: str) -> None:
+    cli("submit", sweep(tmp_path, ECHO), "--name", "numbers")
+    done = shell(tmp_path, f"netassay {words} > /dev/full")
+    assert (done.returncode, len(done.stderr.splitlines())) == (4, 1), done.stderr
+    assert "No space left on device" in done.stderr
+
+
 # --- completion ----------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +472,7 @@ def test_up_says_in_seconds_that_broker_or_store_do_not_answer_and_leaves_nothin
             cwd=tmp_path, env=_plain_environment() | {name: url}, capture_output=True, text=True,
         )  # fmt: skip
         assert time.monotonic() - began < 20
-        assert done.returncode == 2, done.stderr
+        assert done.returncode == 4, done.stderr
         assert words in done.stderr
         assert "secret" not in done.stdout + done.stderr
         assert not (tmp_path / ".netassay").exists()

@@ -237,8 +237,10 @@ def test_a_script_submits_waits_and_reads(lab: Lab, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", ""), "no terminal, no bar"
 
 
-@pytest.mark.parametrize("since", ["yesterday", "d", "7w", ""])
-def test_a_time_that_is_none_is_refused_with_examples(lab: Lab, since: str) -> None:
+@pytest.mark.parametrize(
+    "since", ["yesterday", "d", "7w", "", "nand", "infd", "1e400d", "-1h", float("nan"), float("inf"), -1.0]
+)
+def test_a_time_that_is_none_is_refused_with_examples(lab: Lab, since: str | float) -> None:
     with pytest.raises(UserError, match="give 7d, 12h, 30m"):
         producer.results(since=since, settings=lab.config)
 
@@ -386,6 +388,8 @@ def test_a_figure_shows_itself_as_vega_lite_and_as_a_picture(tmp_path: Path) -> 
     assert png.startswith(b"\x89PNG\r\n")
     assert about["image/png"]["width"] * 2 == int.from_bytes(png[16:20], "big")
     assert drawing().save(tmp_path / "two.svg").read_text().count("<svg") == 1
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        Drawing(Figure(title="None", panels=[])).save(tmp_path / "nowhere" / "x.png")
     empty, _ = Drawing(Figure(title="None", caption="no records", panels=[]))._repr_mimebundle_()
     assert empty == {"text/plain": "None: no records"}
 

@@ -243,10 +243,35 @@ def test_several_methods_share_a_table_in_the_order_of_their_jobs(database: Data
     assert found["tag"].to_list() == [0, 1, 2, None, None, 0, 1, 2]
     assert found["value"].to_list() == ["0", "1", "2", None, None, "v0", "v1", "v2"]
     assert found["result.value"].to_list() == [0, 1, 2, None, None, None, None, None]
-    only = frames.frame(database, Query(method="diagnostics.*"), columns=("value", "square"))
+    only = frames.frame(database, Query(method="diagnostics.*"), columns=("value", "square", "value"))
     assert only.to_dicts() == [{"value": n, "square": float(n * n)} for n in range(3)]
     with pytest.raises(frames.NoSuchColumn, match=r"valeu.*columns are: job, .*square"):
         frames.frame(database, Query(), columns=("valeu",))
+
+
+def test_a_flat_row_calls_its_columns_as_the_frame_does() -> None:
+    params = {"seconds": 1.0, "cause": "none", "version": 3, "x": [NETWORK]}
+    record = Record(0, "0" * 32, "unknown.method", 1, params, "done", {"seconds": 2.0, "x": 4, "method": 5},
+                    seconds=0.5, finished=1.0, names={NETWORK: "f.onnx"})  # fmt: skip
+    row = frames.flat(record)
+    assert row == {
+        "job": "0" * 12, "method": "unknown.method", "state": "done", "params.seconds": 1.0, "params.cause": "none",
+        "params.version": 3, "x": ["f.onnx"], "result.seconds": 2.0, "result.x": 4, "result.method": 5,
+        "seconds": 0.5, "cause": "", "message": "",
+    }  # fmt: skip
+    assert row.keys() <= set(frames.frame_of([record]).columns)
+
+
+def test_flat_rows_have_any_column_of_the_frame_that_is_asked_for(database: Database, artifacts: Artifacts) -> None:
+    fill(database, "a", example(artifacts), {NETWORK: "f.onnx"})
+    wanted = ["job", "training.kind", "network.reference", "curve", "finished", "batches", "attempts"]
+    row, _ = frames.flat_rows(database, Query(), wanted)
+    assert row["training"] == {"kind": "sgd", "rate": 0.1}
+    assert (row["training.kind"], row["network.reference"], row["curve"]) == ("sgd", NETWORK, "array 2x3")
+    assert (row["finished"][-1], row["batches"], row["attempts"]) == ("Z", ["a"], 0)
+    assert "version" not in row
+    with pytest.raises(frames.NoSuchColumn, match="training;"):
+        next(frames.flat_rows(database, Query(state="failed"), ["training"]))
 
 
 def test_an_empty_table_has_its_columns(database: Database) -> None:

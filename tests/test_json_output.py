@@ -165,6 +165,10 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "no store": (["watch", "nothing"], 2, "netassay up"),
     "unknown method": (["methods", "verification.certifi"], 2, "nearest"),
     "unknown option": (["status", "--jsn"], 2, "--jsn"),
+    "no file": (["submit"], 2, "FILE"),
+    "no option's value": (["submit", "x.yaml", "--weight", "nan"], 2, "--weight"),
+    "a number that is none": (["weight", "big", "heavy"], 2, "WEIGHT"),
+    "a negative limit": (["batches", "--limit", "-1"], 2, "--limit"),
     "a failure of the job": (["run", "diagnostics.fail", "cause=numerical"], 2, "failed as asked"),
     "no such file": (["submit", "missing.yaml"], 2, "missing.yaml"),
 }

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -873,20 +874,20 @@ def test_a_weight_is_stored_as_the_number_it_is(database: Database) -> None:
 
 @pytest.mark.parametrize(
     "name, words",
-    {
-        "": "the name is empty",
-        "a\0b": r"holds '\\x00', which cannot be printed",
-        "a\nb": r"holds '\\n', which cannot be printed",
-        "\x1b[2J": r"holds '\\x1b', which cannot be printed",
-        "half \ud83d": r"holds '\\ud83d', which cannot be printed",
-        " a": "begins or ends with a space",
-        "--append": "begins with a dash",
-        "a" * 201: "has 201 characters, at most 200",
-        3: "is no text",
-    }.items(),
+    [
+        ("", "the name is empty"),
+        ("a\0b", r"the name holds '\x00', which cannot be printed"),
+        ("a\nb", r"the name holds '\n', which cannot be printed"),
+        ("\x1b[2J", r"the name holds '\x1b', which cannot be printed"),
+        ("half \ud83d", r"the name holds '\ud83d', which cannot be printed"),
+        (" a", "the name begins or ends with a space"),
+        ("--append", "a batch cannot be called '--append': the name begins with a dash"),
+        ("a" * 201, "the name has 201 characters, at most 200 are possible"),
+        (3, "the name is no text"),
+    ],
 )
 def test_a_name_that_nobody_could_type_is_refused(database: Database, name: Any, words: str) -> None:
-    with pytest.raises(StoreError, match=f"a batch cannot be called .*{words}; give it another name"):
+    with pytest.raises(StoreError, match=re.escape(words)):
         submit(database, name, jobs([1]))
     assert rows(database, "SELECT id FROM batch") == rows(database, "SELECT id FROM job") == []
 
@@ -899,19 +900,19 @@ def test_other_names_are_fine(database: Database, name: str) -> None:
 
 @pytest.mark.parametrize(
     "note, words",
-    {
-        "a\0b": r"holds '\\x00'",
-        "\udc80": r"holds '\\udc80'",
-        "\x1b[2J": r"holds '\\x1b'",
-        "a" * 10_001: "has 10,001 characters, at most 10,000",
-        3: "is no text but a int",
-    }.items(),
+    [
+        ("a\0b", r"the note holds '\x00'"),
+        ("\udc80", r"the note holds '\udc80'"),
+        ("\x1b[2J", r"the note holds '\x1b'"),
+        ("a" * 10_001, "the note has 10,001 characters, at most 10,000"),
+        (3, "the note is no text but int"),
+    ],
 )
 def test_a_note_that_no_database_keeps_is_refused(database: Database, note: Any, words: str) -> None:
-    with pytest.raises(StoreError, match=f"the note {words}"):
+    with pytest.raises(StoreError, match=re.escape(words)):
         submit(database, "a", jobs([1]), note=note)
     submit(database, "a", jobs([1]), note="two lines,\n\tone moved in")
-    with pytest.raises(StoreError, match=f"the note {words}"):
+    with pytest.raises(StoreError, match=re.escape(words)):
         submit(database, "a", jobs([2]), note=note, append=True)
     assert rows(database, "SELECT size, note FROM batch") == [(1, "two lines,\n\tone moved in")]
 

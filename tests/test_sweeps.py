@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netassay import catalogue, job
+from netassay.method import time_limit
 from netassay.store.artifacts import Artifacts
-from producer import axes, sweeps
+from producer import axes, documents, sweeps
 from producer.references import Resolver
 from producer.sweeps import BadSweep, Prepared
 
@@ -435,7 +436,7 @@ def test_bad_structure_is_refused(text: str, expected: str) -> None:
         ("method: diagnostics.echo, params: {value: 1, tag: 0.5}", "tag is 0.5, must be a whole number"),
         ("method: diagnostics.sleep, params: {seconds: yes}", "seconds is true, must be a number"),
         ("method: diagnostics.echo, params: {value: 1, tag: off}", "tag is false, must be a number"),
-        ("method: diagnostics.echo, params: {value: on}", "must be text (write it in quotes); is true, must be a number"),
+        ("method: diagnostics.echo, params: {value: on}", "text (write it in quotes); is true, must be a number"),
         ("method: diagnostics.sleep, params: {seconds: -1}", "seconds is -1, must be at least 0.0"),
         ("method: diagnostics.sleep, params: {seconds: .inf}", "seconds is inf, must be a finite number"),
         ("method: diagnostics.sleep, params: {seconds: soon}", "seconds is 'soon', must be a number"),
@@ -564,8 +565,18 @@ def test_bad_options_are_refused(options: list[str], expected: str) -> None:
     assert expected in str(caught.value)
 
 
-# --- cost -----------------------------------------------------------------------------------------------------------
+def test_predictions_without_measure_stay_what_a_store_keeps() -> None:
+    found = prepare("""
+        jobs:
+          - {method: diagnostics.sleep, params: {seconds: 1.0e+308}}
+          - {method: diagnostics.allocate, params: {bytes: 100000000000000000000}}
+        """)
+    long, large = found.segments
+    assert (long.seconds, time_limit(long.seconds), time_limit(math.inf)) == (1e9, 1e9, 1e9)
+    assert large.memory == documents.MOST_BYTES < 2**63
 
+
+# --- cost -----------------------------------------------------------------------------------------------------------
 PREPARE = """
 import time, psutil
 from pathlib import Path

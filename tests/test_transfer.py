@@ -7,12 +7,14 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import services
@@ -37,7 +39,7 @@ from store_by_hand import (
 from netassay.job import key_of
 from netassay.store import arriving, control, dispatching, reading, running, submission, transfer
 from netassay.store.artifacts import Artifacts
-from netassay.store.database import Database
+from netassay.store.database import Database, StoreError
 from netassay.store.running import Death, Outcome, Task
 from netassay.store.submission import NameTaken
 from netassay.store.transfer import BatchesDiffer, NotAnExport
@@ -238,10 +240,22 @@ KILLED = """
 from pathlib import Path
 from netassay.store import transfer
 from netassay.store.artifacts import Artifacts
-from netassay.store.database import Database
+from netassay.store.database import Database, StoreError
 import sys
 transfer.bring(Database(sys.argv[1]), Artifacts(Path(sys.argv[2])), Path(sys.argv[3]))
 """
+
+
+def test_a_suffix_that_makes_no_name_is_refused_before_anything_is_stored(
+    laptop: Database, cluster: Database, files: Artifacts, shared: Artifacts, tmp_path: Path
+) -> None:
+    lived_in(laptop, files)
+    transfer.export(laptop, files, tmp_path / "lab.tar")
+    submit(cluster, "first", jobs([99]))
+    with pytest.raises(StoreError, match=r"cannot be called 'first\\nhere': the name holds '\\n', which cannot be"):
+        transfer.bring(cluster, shared, tmp_path / "lab.tar", rename="\nhere")
+    assert not list(shared.list())
+    assert [batch.name for batch in reading.batches(cluster)] == ["first"]
 
 
 @pytest.mark.parametrize("point, there", [("import.arriving", 0), ("import.opened", 1)])
@@ -307,10 +321,74 @@ def artifact(found: dict[str, bytes]) -> dict[str, bytes]:
     return found | {name: found[name][:-1] + b"?"}
 
 
-JOBS = "batches/000001/jobs.jsonl.gz"
+def lines(found: dict[str, bytes], name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.decompress(found[name]).splitlines()]
+
+
+def first(table: str, /, **fields: Any) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
+    """Other values in the first line of a table."""
+
+    def forge(found: dict[str, bytes]) -> dict[str, bytes]:
+        line, *others = lines(found, table)
+        body = b"".join(json.dumps(one).encode() + b"\n" for one in [line | fields, *others])
+        return sealed(found | {table: gzip.compress(body)})
+
+    return forge
+
+
+def head(**fields: Any) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
+    """Other values of the first batch in the manifest."""
+
+    def forge(found: dict[str, bytes]) -> dict[str, bytes]:
+        manifest = json.loads(found["manifest.json"])
+        manifest["batches"][0] |= fields
+        return sealed(found | {"manifest.json": json.dumps(manifest).encode()})
+
+    return forge
+
+
+def params(text: str) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
+    """A job with these params, under the key and in a batch of the digest that it then has."""
+
+    def forge(found: dict[str, bytes]) -> dict[str, bytes]:
+        jobs, segment = lines(found, JOBS), lines(found, SEGMENTS)[1]
+        place = segment["start"]
+        jobs[place] |= {"params": text, "key": key_of(segment["method"], segment["version"], text).hex()}
+        keys = b"".join(bytes.fromhex(job["key"]) for job in jobs)
+        body = b"".join(json.dumps(job).encode() + b"\n" for job in jobs)
+        digest = hashlib.blake2b(keys, digest_size=16).hexdigest()
+        return head(digest=digest)(found | {JOBS: gzip.compress(body)})
+
+    return forge
+
+
+JOBS, SEGMENTS, NAMES = (f"batches/000001/{table}.jsonl.gz" for table in ("jobs", "segments", "names"))
 FORGED: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] = {
     "params under another job's key": (change(JOBS, rb'{\"n\":3}', rb'{\"n\":9}'), "is not that of its job"),
-    "a result that is no JSON": (change(JOBS, rb'"result":"{', b'"result":"['), "not JSON"),
+    "a result that is no JSON": (change(JOBS, rb'"result":"{', b'"result":"['), "no JSON object"),
+    "a result with a number that readers choke on": (
+        change(JOBS, rb'"result":"{', rb'"result":"{\"n\":{\"float\":[]},'), "`result` of job .* is no JSON object"),
+    "a result with half a surrogate pair": (
+        change(JOBS, rb'"result":"{', rb'"result":"{\"n\":\"\\ud800\",'), "`result` of job .* is no JSON object"),
+    "params that are a list": (params("[1]"), "`params` of job .* is no JSON object"),
+    "params that are not finite": (params('{"n":NaN}'), "`params` of job .* is no JSON object"),
+    "params without end": (params("[" * 100_000), "`params` of job .* is no JSON object"),
+    "a label with a NUL": (first(SEGMENTS, label="\0"), "NUL"),
+    "groups of no jobs": (first(SEGMENTS, group_size=0), "group_size: Input should be greater"),
+    "more memory than a database keeps": (first(SEGMENTS, memory_limit=10**20), "memory_limit: Input should be less"),
+    "an endless hint": (first(SEGMENTS, hint=math.inf), "hint: Input should be a finite number"),
+    "a name with a NUL": (first(NAMES, name="\0"), "NUL"),
+    "a name with half a surrogate pair": (first(NAMES, name="\ud800"), "makes no sense"),
+    "a host with a NUL": (first("workers.jsonl.gz", host="\0"), "NUL"),
+    "a process that no host has": (first("workers.jsonl.gz", pid=2**40), "pid: Input should be less"),
+    "provenance that is a list": (first("provenance.jsonl.gz", body="[1]"), "provenance 1 is no JSON object"),
+    "a weight of 0": (head(weight=0), "batches.0.weight: Input should be greater than or equal to 0.001"),
+    "a weight that is no number": (head(weight=math.nan), "batches.0.weight: Input should be a finite number"),
+    "a batch without a name": (head(name=""), "the name is empty"),
+    "a batch with a name that cannot be printed": (head(name="\x1b[2J"), "cannot be printed"),
+    "a note with a NUL": (head(note="\0"), "NUL"),
+    "a note of a book": (head(note="a" * 20_000), "the note has 20,000 characters"),
+    "a reason with half a surrogate pair": (head(reason="\ud800"), "makes no sense"),
     "a NUL": (change(JOBS, b'"message":"over"', rb'"message":"\u0000"'), "NUL"),
     "a state that does not exist": (change(JOBS, b'"state":"done"', b'"state":"well"'), "makes no sense"),
     "a line that is no JSON": (change(JOBS, b'{"key"', b'{key'), "makes no sense"),
@@ -427,6 +505,23 @@ def test_an_export_is_one_moment_and_appears_when_it_is_whole(
     assert (out.jobs, out.records) == (50, 0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lab.tar", "laptop"]
     assert transfer.export(laptop, files, path).records == 50
+
+
+def test_only_files_are_replaced_and_links_are_followed(laptop: Database, files: Artifacts, tmp_path: Path) -> None:
+    lived_in(laptop, files)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    (tmp_path / "ring").symlink_to("ring")
+    for name in ("folder", "pipe", "to-pipe", "ring", "nowhere/lab.tar"):
+        with pytest.raises(transfer.BadTarget):
+            transfer.export(laptop, files, tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to("folder/lab.tar")
+    transfer.export(laptop, files, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["lab.tar"]
+    transfer.export(laptop, files, tmp_path / f"{250 * 'x'}.tar")
 
 
 def test_artifacts_that_are_lost_or_damaged_are_named_and_the_rest_travels(

@@ -93,13 +93,16 @@ def check_name(name: Any) -> None:
         wrong = "begins with a dash, as options do"
     else:
         return
-    raise StoreError(f"a batch cannot be called {ascii(name)[:80]}: the name {wrong}; give it another name")
+    raise StoreError(
+        f"a batch cannot be called {ascii(name)[:80]}: the name {wrong}; give it another (submit: --name NAME, import: "
+        "--rename SUFFIX)"
+    )
 
 
 def check_note(note: Any) -> None:
     """Raises StoreError for what cannot be kept as a note."""
     if not isinstance(note, str):
-        raise StoreError(f"the note is no text but a {type(note).__name__}")
+        raise StoreError(f"the note is no text but {type(note).__name__}")
     if len(note) > LONGEST_NOTE:
         raise StoreError(f"the note has {len(note):,} characters, at most {LONGEST_NOTE:,} are kept; shorten it")
     if bad := _NO_TEXT.search(note):
@@ -107,7 +110,7 @@ def check_note(note: Any) -> None:
 
 
 def check(name: Any, weight: Any, note: Any) -> None:
-    """Raises StoreError for what a batch cannot have. `begin` asks too: this is for those who store files before."""
+    """Raises StoreError for what a batch cannot have. `begin` asks too: this is for what is done before it."""
     check_name(name)
     check_weight(weight)
     check_note(note)

@@ -6,6 +6,7 @@ import functools
 
 from sqlalchemy import Connection, text
 
+from netassay.store.arriving import check_weight
 from netassay.store.database import Database, StoreError, slices
 from netassay.store.reset import forget_records
 
@@ -87,8 +88,9 @@ def retry(database: Database, name: str, cause: str | None = None) -> int:
 
 def set_weight(database: Database, name: str, weight: float) -> None:
     """Its share of the slots against other open batches; 1 is usual."""
-    if not 0.001 <= weight <= 1000:
-        raise StoreError(f"a weight of {weight} is outside 0.001..1000")
+    check_weight(weight)
     batch_id = batch_id_of(database, name)
     change = text("UPDATE batch SET weight = :weight WHERE id = :id")
-    database.transact(lambda connection: connection.execute(change, {"id": batch_id, "weight": weight}), durable=True)
+    database.transact(
+        lambda connection: connection.execute(change, {"id": batch_id, "weight": float(weight)}), durable=True
+    )

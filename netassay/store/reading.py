@@ -151,6 +151,7 @@ _PAGE = 10_000
 #: More references than this are looked for in Python, not by the database.
 _MOST_PATTERNS = 32
 _REFERENCE = re.compile(r'"([a-z]+:[0-9a-f]{64})"')
+_KEY = re.compile(r"[0-9a-fA-F]{1,32}")
 _BEGINNING = re.compile(r"^(?:[a-z]+:)?[0-9a-f]{6,64}$")
 
 
@@ -460,11 +461,9 @@ def end_of(database: Database, key: str) -> End:
 
 
 def _job_id(connection: Connection, key: str) -> int:
-    try:
-        low = bytes.fromhex(key + "0" * (32 - len(key)))
-        high = bytes.fromhex(key + "f" * (32 - len(key)))
-    except ValueError:
-        raise NoSuchJob(f"{key!r} is not the beginning of a job's key (hexadecimal, up to 32 digits)") from None
+    if not _KEY.fullmatch(key):
+        raise NoSuchJob(f"{key!r} is not the beginning of a job's key (hexadecimal, 1 to 32 digits)")
+    low, high = (bytes.fromhex(key.ljust(32, digit)) for digit in "0f")
     found = connection.execute(
         text("SELECT job_id FROM job_key WHERE key >= :low AND key <= :high LIMIT 2"), {"low": low, "high": high}
     ).scalars()

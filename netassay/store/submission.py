@@ -14,7 +14,7 @@ from sqlalchemy import Connection, TextClause, text
 
 from netassay import faults
 from netassay.job import BUILDER, DETERMINISTIC
-from netassay.store.arriving import Arrival, Opened, Segment, begin, discard, ids_of, opened, recipe_of
+from netassay.store.arriving import Arrival, Opened, Segment, begin, check, discard, ids_of, opened, recipe_of
 from netassay.store.database import PATIENCE, Database, Outage, StoreError, slices
 from netassay.store.reset import forget_records
 
@@ -70,8 +70,10 @@ def submit(
 
     The same name with the same jobs adds nothing (a cancelled batch is opened again). With other jobs it raises
     NameTaken, unless `append`: then those the batch does not hold are put behind its own; its weight stays, and a note
-    replaces its note. `fresh`: jobs whose outcome is known run again, in every batch that holds them.
+    replaces its note. `fresh`: jobs whose outcome is known run again, in every batch that holds them. Raises StoreError
+    too, as `arriving.check`.
     """
+    check(name, weight, note)
     while True:
         found = database.persist(PATIENCE, lambda: _named(database, name))
         if found is not None and found.digest == digest_of(segments):

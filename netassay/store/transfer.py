@@ -33,14 +33,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Connection, Row, text
 
 from netassay import __version__, faults
+from netassay.errors import UserError
 from netassay.job import BUILDER, DETERMINISTIC, key_of
-from netassay.store import arriving, running
+from netassay.store import arriving, running, storable
 from netassay.store.artifacts import Artifacts, MissingArtifact, named
 from netassay.store.control import batch_id_of
 from netassay.store.database import Database, Outage, StoreError, slices
@@ -101,8 +102,13 @@ class Brought:
 # --- the lines of the file ----------------------------------------------------------------------------------------
 
 
+# What the columns hold: PostgreSQL's have 32 bits where not said otherwise.
+_Whole = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+_Number = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class _Batch(_Line):
@@ -110,23 +116,23 @@ class _Batch(_Line):
     digest: str
     state: Literal["open", "paused", "cancelled", "finished"]
     reason: str
-    judged: int
-    weight: float
-    size: int
+    judged: _Whole
+    weight: Annotated[float, Field(ge=arriving.LEAST_WEIGHT, le=arriving.MOST_WEIGHT)]
+    size: _Whole
     submitted_at: float
     note: str
 
 
 class _Segment(_Line):
-    start: int
-    stop: int
+    start: _Whole
+    stop: _Whole
     method: str
-    version: int
+    version: _Whole
     label: str
     hint: float
     time_limit: float
-    memory_limit: int | None
-    group_size: int
+    memory_limit: _Number | None
+    group_size: Annotated[_Whole, Field(ge=1)]
     libraries: str
     needs: list[str]
 
@@ -143,21 +149,21 @@ class _Record(_Line):
     result: str | None
     seconds: float
     finished_at: float
-    worker: int | None
-    provenance: int | None
+    worker: _Number | None
+    provenance: _Number | None
     inputs: str | None
 
 
 class _Attempt(_Line):
     token: str
-    worker: int | None
+    worker: _Number | None
     started_at: float
     ended_at: float
     cause: str
-    alone: int
+    alone: _Whole
     message: str
     log: str
-    spent: int
+    spent: _Whole
 
 
 class _Job(_Line):
@@ -165,20 +171,20 @@ class _Job(_Line):
     params: str
     record: _Record | None = None
     attempts: list[_Attempt] = []
-    losses: int = 0
+    losses: _Whole = 0
 
 
 class _Worker(_Line):
-    number: int
+    number: _Number
     name: str
     host: str
-    pid: int
-    slots: int
+    pid: _Whole
+    slots: _Whole
     started_at: float
 
 
 class _Provenance(_Line):
-    number: int
+    number: _Number
     digest: str
     body: str
 
@@ -209,25 +215,64 @@ def export(
     """Write these batches (else all), their jobs, records and files to `path`, as they are at one moment.
 
     The file appears when it is whole; one that was there is replaced. Memory holds a page of jobs and the digests of
-    the artifacts. Raises NoSuchBatch, OSError.
+    the artifacts. Raises NoSuchBatch, BadTarget, OSError.
     """
-    path = Path(path)
-    with contextlib.ExitStack() as stack:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        stack.callback(Path(name).unlink, missing_ok=True)
-        with os.fdopen(handle, "wb") as stream:
+    with beside(path) as temporary:
+        with open(temporary, "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as archive:
-                written = _Export(database, artifacts, archive, path.parent, progress).write(batches)
+                written = _Export(database, artifacts, archive, temporary.parent, progress).write(batches)
             stream.flush()
             os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        size = os.stat(name).st_size
-        os.replace(name, path)
+        size = temporary.stat().st_size
     return Exported(
         str(path), len(written.batches), written.jobs, written.records, written.artifacts, size, tuple(written.missing)
     )
+
+
+class BadTarget(UserError):
+    """A file that cannot be written where it is asked for; nothing was done."""
+
+
+def target(path: Path | str) -> Path:
+    """The file that is written when `path` is: behind symbolic links.
+
+    Raises BadTarget where its folder is none, or where something stands there that is no regular file and must not be
+    replaced by one: a folder, a device, a pipe.
+    """
+    path = Path(path)
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a ring
+        raise BadTarget(f"{path} leads nowhere ({error}); write elsewhere") from None
+    if path.is_dir():
+        raise BadTarget(f"{path} is a folder; name a file in it, or write elsewhere")
+    if path.exists() and not path.is_file():
+        raise BadTarget(f"{path} is a device or a pipe; write to a file")
+    if not found.parent.is_dir():
+        raise BadTarget(f"{found.parent} is no folder; make it, or write elsewhere")
+    return found
+
+
+@contextlib.contextmanager
+def beside(path: Path | str) -> Iterator[Path]:
+    """A temporary file in the folder of `path`, renamed to it when the block ends well. Raises BadTarget."""
+    whole = target(path)
+    try:
+        # Cut: the name of the temporary one may not be too long where that of the file is not.
+        handle, name = tempfile.mkstemp(prefix=f".{whole.name[:40]}-", dir=whole.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(whole.parent)) from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # As a file made by open() would be: the temporary one is for its owner alone.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(whole)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class _Export:
@@ -551,6 +596,7 @@ def _names_for(database: Database, heads: Sequence[_Batch], rename: str) -> dict
     taken = []
     for number, head in enumerate(heads, 1):
         for name in dict.fromkeys((head.name, head.name + rename)):
+            arriving.check_name(name)
             if there.get(name) == head.digest:
                 names[number] = None
                 break
@@ -773,6 +819,44 @@ def _opened(path: Path) -> Iterator[_Archive]:
         yield _Archive(Path(path), archive)
 
 
+def _parsed(model: type[T], text: bytes) -> T:
+    """Raises ValidationError, ValueError for a text that PostgreSQL would refuse. Lone surrogates are no JSON here."""
+    found = model.model_validate_json(text)
+    # In JSON a NUL is always an escape, and most lines have none.
+    if rb"\u0000" in text and _has_nul(found.model_dump()):
+        raise ValueError("a text has a NUL in it")
+    return found
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_nul, value.values())) or any(map(_has_nul, value))
+    return any(map(_has_nul, value)) if isinstance(value, list) else isinstance(value, str) and "\0" in value
+
+
+def _first(error: ValidationError) -> str:
+    """The first of its errors in words."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}"
+
+
+def _is_object(body: str) -> bool:
+    """Whether a text is a JSON object that every reader of records can read and print."""
+    try:
+        found = json.loads(body, parse_constant=_no_number)
+        if "\\u" in body:
+            json.dumps(found, ensure_ascii=False).encode()  # lone surrogates
+        if '"float"' in body:
+            storable.load(body)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return isinstance(found, dict)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
 class _Archive:
     """An export that is open for reading. Raises NotAnExport where it is not whole, or not what it says it is."""
 
@@ -810,9 +894,19 @@ class _Archive:
                     f"{self.path} was written by a newer netassay (format {version}, this one reads {FORMAT}); nothing "
                     "was imported: upgrade this installation"
                 )
-            return _Manifest.model_validate_json(text)
-        except (ValueError, AttributeError):
-            raise self._wrong("its manifest makes no sense") from None
+            manifest = _parsed(_Manifest, text)
+        except ValidationError as error:
+            raise self._wrong(f"its manifest makes no sense ({_first(error)})") from None
+        except (ValueError, RecursionError) as error:
+            raise self._wrong(f"its manifest makes no sense ({error})") from None
+        except AttributeError:
+            raise self._wrong("its manifest makes no sense (it is no mapping)") from None
+        for head in manifest.batches:
+            try:
+                arriving.check(head.name, head.weight, head.note)
+            except StoreError as error:
+                raise self._wrong(str(error)) from None
+        return manifest
 
     def _file(self, name: str) -> IO[bytes]:
         file = self._archive.extractfile(self._members[name])
@@ -829,13 +923,13 @@ class _Archive:
                 while line := unpacked.readline(_LONGEST_LINE):
                     if not line.endswith(b"\n"):
                         raise self._wrong(f"{name} has a line without end")
-                    yield model.model_validate_json(line)
+                    yield _parsed(model, line)
         except (OSError, EOFError, zlib.error) as error:
             raise self._wrong(f"{name} cannot be unpacked ({error})") from None
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise self._wrong(f"{name} has a line whose {place or 'text'} makes no sense ({first['msg']})") from None
+            raise self._wrong(f"{name} has a line that makes no sense ({_first(error)})") from None
+        except ValueError as error:
+            raise self._wrong(f"{name} has a line that makes no sense ({error})") from None
 
     def check(self, progress: Progress) -> None:
         """Read all of it once, and hold it against what it says of itself."""
@@ -858,6 +952,11 @@ class _Archive:
         names = [head.name for head in manifest.batches]
         if len(set(names)) < len(names):
             raise self._wrong("two of its batches have one name")
+        for _ in self.lines("workers", _Worker):
+            pass
+        for line in self.lines("provenance", _Provenance):
+            if not _is_object(line.body):
+                raise self._wrong(f"provenance {line.number} is no JSON object")
         jobs = sum(head.size for head in manifest.batches)
         records = passed = 0
         for number, head in enumerate(manifest.batches, 1):
@@ -883,6 +982,8 @@ class _Archive:
     def _check_batch(self, number: int, head: _Batch) -> int:
         """Keys are those of the jobs, the digest is that of the keys, segments follow on each other, what they need is
         built in front of them. Returns the number of records."""
+        for _ in self.of_batch(number, "names", _Name):
+            pass
         hasher, records, stop = hashlib.blake2b(digest_size=16), 0, 0
         built: set[str] = set()
         jobs = self.of_batch(number, "jobs", _Job)
@@ -915,22 +1016,13 @@ class _Archive:
             raise self._wrong(f"job {job.key} builds no recipe") from None
 
     def _check_texts(self, job: _Job) -> None:
-        """Texts that a database would refuse, or a reader of records choke on."""
-        texts: list[Any] = [job.params]
+        """JSON texts that a reader of records would choke on."""
+        texts: dict[str, str | None] = {"params": job.params}
         if job.record is not None:
-            texts += [job.record.cause, job.record.message, job.record.result, job.record.inputs]
-        for one in job.attempts:
-            texts += [one.token, one.cause, one.message, one.log]
-        if any(one is not None and "\0" in one for one in texts):
-            raise self._wrong(f"job {job.key} has a text with a NUL in it")
-        if job.record is None:
-            return
-        try:
-            for body in (job.record.result, job.record.inputs):
-                if body is not None and not isinstance(json.loads(body), dict):
-                    raise ValueError
-        except ValueError:
-            raise self._wrong(f"the result of job {job.key} is not JSON") from None
+            texts |= {"result": job.record.result, "inputs": job.record.inputs}
+        for what, body in texts.items():
+            if body is not None and not _is_object(body):
+                raise self._wrong(f"`{what}` of job {job.key} is no JSON object")
 
     def bring_files(self, artifacts: Artifacts, progress: Progress) -> int:
         """Keep the artifacts that are not there yet. Returns how many."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from netassay.errors import UserError
 from producer.cli.common import (
     CANCELLED,
     PAUSED,
@@ -247,7 +248,7 @@ def batches(
 
     states = ("open", "paused", "cancelled", "finished")
     if state and state not in states:
-        raise typer.BadParameter(f"{state!r} is no state of a batch; states are: {', '.join(states)}")
+        raise UserError(f"{state!r} is no state of a batch; states are: {', '.join(states)}")
     with busy("counting"):
         everything = reading.batches(open_store())
     found = [b for b in everything if fnmatch.fnmatchcase(b.name, pattern) and state in ("", b.state)]
@@ -327,7 +328,7 @@ def retry(
     from netassay.store import control
 
     if failed_with and failed_with not in CAUSES:
-        raise typer.BadParameter(f"{failed_with!r} is no cause; causes are: {', '.join(CAUSES)}")
+        raise UserError(f"{failed_with!r} is no cause; causes are: {', '.join(CAUSES)}")
     database = open_store()
     with busy("looking for failed jobs"):
         number = control.retry(database, batch, failed_with or None)

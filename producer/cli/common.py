@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,6 +79,11 @@ def open_store() -> Database:
     return database
 
 
+def end_in_order() -> None:
+    """Let SIGTERM end this verb as Ctrl-C does, which removes what it has written by then."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @contextmanager
 def working(words: str) -> Iterator[Callable[[float], None]]:
     """A bar on standard error for what may take longer than two seconds; gone when it is over."""
@@ -86,7 +91,8 @@ def working(words: str) -> Iterator[Callable[[float], None]]:
 
     from producer.show import errors
 
-    with Progress(console=errors, transient=True) as bars:
+    # Where there is no terminal, Rich would leave an empty line.
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bars:
         bar = bars.add_task(words, total=None)  # until the first share is known it only shows that something goes on
         yield lambda share: bars.update(bar, total=1.0, completed=share)
 
@@ -109,15 +115,6 @@ def print_output(verb: str, value: Any) -> None:
 
 def print_json(value: Any) -> None:
     """One line of JSON on standard output."""
-    print(json.dumps(_strict(value), default=str, ensure_ascii=False, allow_nan=False))
+    from producer.wording import strict
 
-
-def _strict(value: Any) -> Any:
-    """JSON knows no NaN: it is written as in the store, `{"float": "nan"}`."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if isinstance(value, dict):
-        return {name: _strict(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
+    print(json.dumps(strict(value), default=str, ensure_ascii=False, allow_nan=False))

@@ -191,8 +191,8 @@ def run(
     if as_json:
         print_output("run", {"method": method, "key": job.key(found, params), "seconds": seconds, "result": fields})
         return
-    from producer.show import cell, console, plain, table
-    from producer.wording import duration
+    from producer.show import cell, console, table
+    from producer.wording import duration, plain
 
     rows = [(name, cell(plain(value)) if not isinstance(value, str) else value) for name, value in fields.items()]
     console.print(table(("result", "value"), rows))

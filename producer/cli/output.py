@@ -267,9 +267,9 @@ class Logs(Output):
 
 
 class Results(RootModel[dict[str, Any]]):
-    """One record (or, with `--by`, one group of them) a line: `job`, `method` and `state`; each field of the params;
-    each of the result, `result.<name>` where a param is called so; `seconds`, `cause`, `message`. With `--columns`
-    only those."""
+    """One record (or, with `--by`, one group of them) a line: `job`, `method` and `state`; each field of the params,
+    `params.<name>` where each record has a column called so; each of the result, `result.<name>` where each record has
+    one or a param is called so; `seconds`, `cause`, `message`. With `--columns` only those."""
 
 
 class Export(Output):

@@ -19,6 +19,7 @@ from producer.cli.common import (
     batch_names,
     busy,
     causes,
+    end_in_order,
     method_names,
     open_store,
     print_json,
@@ -75,6 +76,11 @@ def results(
         raise UserError(f"{out} has no ending that says what to write; end it in one of {', '.join(FORMATS)}")
     if sum((as_json, csv, out is not None)) > 1:
         raise UserError("give one of --json, --csv and --out")
+    if out is not None:
+        from netassay.store import transfer
+
+        transfer.target(out)
+        end_in_order()
     database = open_store()
     query = _query(database, what, network, since, state, cause)
     wanted = _split(columns)
@@ -103,7 +109,7 @@ def _query(database: Database, what: str, network: str, since: str, state: str, 
 
 
 def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
 @contextmanager
@@ -122,27 +128,23 @@ def _reading(database: Database, query: Query, terminal: bool = False) -> Iterat
 def _flat(
     database: Database, query: Query, wanted: list[str], progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[dict[str, Any]]:
-    from netassay.store import reading
-    from producer import show
+    from producer import frames
 
-    for number, record in enumerate(reading.find(database, query), 1):
-        row = show.flat(record)
+    for row in frames.flat_rows(database, query, wanted, progress):
         yield {name: row.get(name) for name in wanted} if wanted else row
-        if number % 1000 == 0:
-            progress(number)
 
 
 def _summarise(
     database: Database, query: Query, by: list[str], of: list[str], as_json: bool, csv: bool, out: Path | None
 ) -> None:
-    from producer import show
+    from producer import frames, show
 
     with _reading(database, query) as progress:
-        rows = show.summary(_flat(database, query, [], progress), by, of)
+        rows = show.summary(frames.flat_rows(database, query, [*by, *of], progress), by, of)
     if out is not None:
-        from producer import frames
+        from netassay.store import transfer
 
-        with frames.beside(out) as temporary:
+        with transfer.beside(out) as temporary:
             if out.suffix.lower() == ".parquet":
                 import polars
 
@@ -177,19 +179,20 @@ def _write_rows(rows: list[dict[str, Any]], suffix: str, stream: Any) -> None:
 
 def _write_json(rows: Iterator[dict[str, Any]], suffix: str, stream: Any) -> int:
     """One object a line; in a .json file, with brackets and commas around. Returns how many."""
-    from producer.cli.common import _strict
+    from producer.wording import strict
 
     whole, number = suffix == ".json", 0
     for number, row in enumerate(rows, 1):
         before = ("[\n" if number == 1 else ",\n") if whole else ""
         after = "" if whole else "\n"
-        stream.write(f"{before}{json.dumps(_strict(row), default=str, ensure_ascii=False, allow_nan=False)}{after}")
+        stream.write(f"{before}{json.dumps(strict(row), default=str, ensure_ascii=False, allow_nan=False)}{after}")
     if whole:
         stream.write("\n]\n" if number else "[]\n")
     return number
 
 
 def _write(database: Database, query: Query, wanted: list[str], out: Path) -> None:
+    from netassay.store import transfer
     from producer import frames
 
     suffix = out.suffix.lower()
@@ -197,38 +200,81 @@ def _write(database: Database, query: Query, wanted: list[str], out: Path) -> No
         if suffix in (".parquet", ".csv"):
             rows = frames.write(database, query, out, suffix[1:], columns=wanted, progress=progress)
         else:
-            with frames.beside(out) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+            with transfer.beside(out) as temporary, open(temporary, "w", encoding="utf-8") as stream:
                 rows = _write_json(_flat(database, query, wanted, progress), suffix, stream)
     print(f"{rows:,} records: {out}")
 
 
 def _show(database: Database, query: Query, what: str, wanted: list[str], limit: int) -> None:
     from netassay.store import reading
-    from producer import show
+    from producer import frames
 
     with busy("reading"):
-        kept = list(itertools.islice(_flat(database, query, []), limit or None))
+        kept = list(itertools.islice(frames.flat_rows(database, query, wanted), limit or None))
         left = reading.count(database, query) - len(kept) if limit and len(kept) == limit else 0
     if not kept:
         print(f"{f'batch {query.batch}' if query.batch else what or 'the store'} has no such records")
         return
-    if unknown := [name for name in wanted if not any(name in row for row in kept)]:
-        known = dict.fromkeys(name for row in kept for name in row)
-        raise show.NoSuchColumn(f"there is no column {', '.join(unknown)}; columns are: {', '.join(known)}")
-    names = wanted or _columns(kept)
-    show.console.print(show.table(names, [[show.cell(row.get(name)) for name in names] for row in kept]))
+    if wanted:
+        _print_table(wanted, kept)
+    else:
+        _show_methods(kept)
     if left > 0:
         print(f"... and {left:,} more; all of them: the same with --out FILE.parquet, --csv, --json or --limit 0")
 
 
+def _show_methods(rows: list[dict[str, Any]]) -> None:
+    """A table a method, of the columns there is room for, and which those are that it has not."""
+    from producer import show
+
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    for place, (method, members) in enumerate(methods.items()):
+        if place:
+            print()
+        names = [name for name in _columns(members) if name != "method" or len(methods) == 1]
+        shown = _that_fit(names, members, show.console.width)
+        _print_table(shown, members, method if len(methods) > 1 else "")
+        if hidden := [name for name in names if name not in shown]:
+            show.console.print(
+                f"no room for: {', '.join(hidden)}; --columns shows those it names, --out FILE has all",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+
+def _print_table(names: list[str], rows: list[dict[str, Any]], title: str = "") -> None:
+    from producer import show
+
+    show.console.print(show.table(names, [[show.cell(row.get(name)) for name in names] for row in rows], title=title))
+
+
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Columns of all these rows; those empty everywhere are left out, and those equal everywhere if there are many."""
+    """Columns of all these rows; those that are empty everywhere are left out."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
-    if len(names) > 10 and len(rows) > 1:
-        varied = [name for name in names if len({str(row.get(name)) for row in rows}) > 1]
-        return varied or names
-    return names
+    return [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
+
+
+def _that_fit(names: list[str], rows: list[dict[str, Any]], width: int) -> list[str]:
+    """As many of these columns as stand side by side, in their order.
+
+    The job is always among them. Those that differ between rows come before those that do not, and what became of a job
+    before its params and result.
+    """
+    from rich.cells import cell_len
+
+    from producer import show
+
+    widths = {name: max(cell_len(name), *(cell_len(show.cell(row.get(name))) for row in rows)) for name in names}
+    same = {name for name in names if len(rows) > 1 and len({str(row.get(name)) for row in rows}) == 1}
+    kept: set[str] = set()
+    left = width + show.GAP
+    first = ("job", "state", "cause")
+    for name in sorted(names, key=lambda name: (name in same and name != "job", name not in first, names.index(name))):
+        if widths[name] + show.GAP <= left or not kept:
+            kept.add(name)
+            left -= widths[name] + show.GAP
+    return [name for name in names if name in kept]
 
 
 @verbs.command()
@@ -243,10 +289,12 @@ def plot(
 ) -> None:
     """Draw the figure of a batch's method, or of a method across batches."""
     from netassay import catalogue
-    from netassay.store import artifacts, reading
+    from netassay.store import artifacts, reading, transfer
     from producer import drawing
 
     config = read_settings()
+    if out is not None:
+        transfer.target(out)
     database = open_store()
     query = _query(database, what, network, since, "", "")
     records: dict[str, list[Any]] = {}

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from netassay.errors import UserError
-from producer.cli.common import AsJson, batch_names, open_store, print_output, read_settings, working
+from producer.cli.common import AsJson, batch_names, end_in_order, open_store, print_output, read_settings, working
 
 verbs = typer.Typer()
 
@@ -27,9 +26,9 @@ def export_store(
     from netassay.store import artifacts, transfer
     from producer.wording import size
 
+    transfer.target(file)
     database = open_store()
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"{file.absolute().parent} is no folder; make it, or write elsewhere")
+    end_in_order()
     with working("exporting") as progress:
         out = transfer.export(database, artifacts.of(read_settings()), file, batches or (), progress)
     if as_json:
