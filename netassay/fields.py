@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
-from pydantic_core.core_schema import ValidationInfo
+from pydantic_core.core_schema import ValidationInfo, no_info_before_validator_function
 
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="seed of every random draw of the job")]
 Count = Annotated[int, Field(ge=1)]
@@ -114,3 +114,53 @@ Array = Annotated[
     WithJsonSchema({"type": "array", "description": "numeric array; above 64 KiB kept as an artifact"}),
 ]
 """A numpy array (or torch tensor) in a `Result`. Read it back from a record with `record.array(field)`."""
+
+
+# --- true and false are no numbers ------------------------------------------------------------------------------------
+
+#: Where a pydantic schema holds others: what a type consists of, but no defaults, which are a user's own values.
+_INSIDE = (
+    "schema", "fields", "choices", "steps", "items_schema", "keys_schema", "values_schema", "lax_schema",
+    "strict_schema", "json_schema", "python_schema", "definitions",
+)  # fmt: skip
+
+
+def without_truths(schema: Any) -> Any:
+    """A pydantic core schema whose numbers, at any depth, refuse true and false: Python takes these for 1 and 0.
+
+    A field that may also be a bool still may. Classes within it stay as they are: contracts have done this themselves.
+    Changed in place, but for a schema that is a number itself.
+    """
+    if isinstance(schema, list):
+        return [without_truths(part) for part in schema]
+    if isinstance(schema, tuple):  # of a union: a type and its label
+        return (without_truths(schema[0]), *schema[1:])
+    kind = schema.get("type")
+    if kind == "function-before" and schema["function"]["function"] is _no_truth:
+        return schema  # a contract within a contract
+    if kind in ("int", "float", "decimal", "complex") or (kind == "literal" and _numbers_only(schema["expected"])):
+        return no_info_before_validator_function(_no_truth, schema)
+    for name in _INSIDE:
+        part = schema.get(name)
+        if isinstance(part, dict) and name in ("fields", "choices"):
+            schema[name] = {key: without_truths(one) for key, one in part.items()}
+        elif isinstance(part, dict | list):
+            schema[name] = without_truths(part)
+    return schema
+
+
+def _numbers_only(expected: list[Any]) -> bool:
+    """Whether these values of a `Literal` hold a number but no bool."""
+    kinds = set(map(type, expected))
+    return int in kinds and bool not in kinds
+
+
+def _no_truth(value: Any) -> Any:
+    # Called for every number of every row: the usual types first.
+    kind = type(value)
+    if kind is int or kind is float or kind is str:
+        return value
+    # Also the bool of NumPy and of torch, which are not imported here.
+    if kind is bool or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        raise ValueError(f"is {str(bool(value)).lower()}, must be a number")
+    return value

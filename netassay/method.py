@@ -36,9 +36,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 
 from netassay.errors import UserError
+from netassay.fields import without_truths
 
 if TYPE_CHECKING:
     from netassay.figure import Figure
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Contract(BaseModel):
-    """A frozen record with named, typed fields; unknown fields are refused."""
+    """A frozen record with named, typed fields; unknown fields are refused, and so are true and false for a number."""
 
     # NaN must stay NaN in JSON mode: pydantic's default turns one in an untyped field into null, so that a job with NaN
     # would get the key of the job with null instead of being refused.
@@ -58,6 +60,12 @@ class Contract(BaseModel):
         protected_namespaces=(),
         ser_json_inf_nan="constants",
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        without_truths(handler.resolve_ref_schema(schema))
+        return schema
 
 
 class MethodError(UserError):
@@ -128,11 +136,13 @@ class Needs:
 
 #: A job may take this many times its predicted seconds, and never less than a minute: predictions are rough.
 TIME_FACTOR, TIME_FLOOR = 20.0, 60.0
+#: Thirty years: predictions are computed from params, and what is stored of them must stay finite.
+TIME_CEILING = 1e9
 
 
 def time_limit(predicted: float) -> float:
     """Seconds a job may take that is predicted to take so many, where nobody says otherwise."""
-    return max(TIME_FLOOR, TIME_FACTOR * predicted)
+    return min(TIME_CEILING, max(TIME_FLOOR, TIME_FACTOR * predicted))
 
 
 @dataclass(frozen=True)

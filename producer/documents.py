@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from producer.tables import Source, Table
 SHOWN, KEPT = 20, 1000
 #: The most points that the axes of one entry may make.
 MOST_ROWS = 10_000_000
+#: The largest limit of memory: databases keep it as a whole number of 64 bits. A multiple of 1024, so that it is the
+#: same as a float.
+MOST_BYTES = 2**63 - 1024
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*$", re.IGNORECASE)
@@ -290,7 +294,7 @@ def limits_of(limits: Any) -> tuple[float | None, int | None]:
         raise ValueError(f"is {wording.short(limits)}, must be a mapping with seconds, memory or both")
     seconds, memory = limits.get("seconds"), limits.get("memory")
     if seconds is not None:
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= sys.float_info.max:
             raise ValueError(f"seconds is {wording.short(seconds)}, must be a number above 0")
         seconds = float(seconds)
     if memory is not None:
@@ -300,7 +304,14 @@ def limits_of(limits: Any) -> tuple[float | None, int | None]:
 
 def size(text: Any) -> int:
     """Bytes of a size such as 500MB, 1.5 GiB or 1000000. Raises ValueError."""
+    if isinstance(text, int) and text > MOST_BYTES:  # apart: of a very large one Python does not make text
+        raise ValueError(f"memory is {wording.short(text)}, must be at most {MOST_BYTES:,} bytes")
     match = None if isinstance(text, bool) else _SIZE.match(str(text))
-    if match is None or (number := float(match[1])) <= 0:
+    if match is None:
         raise ValueError(f"memory is {wording.short(text)}, must be a size such as 500MB, 2GiB or a number of bytes")
-    return int(number * _UNITS[(match[2] or "").upper()])
+    number = float(match[1]) * _UNITS[(match[2] or "").upper()]
+    if number < 1:  # cut to whole bytes it would be 0, which stands for no limit
+        raise ValueError(f"memory is {wording.short(text)}, must be at least 1 byte")
+    if number > MOST_BYTES:
+        raise ValueError(f"memory is {wording.short(text)}, must be at most {MOST_BYTES:,} bytes")
+    return int(number)

@@ -38,14 +38,14 @@ def document(what: What, method: str = "", stdin: BinaryIO | None = None) -> swe
     if isinstance(what, sweeps.Document):
         return what
     if isinstance(what, str | os.PathLike):
-        return readers.read([os.fspath(what)], method, stdin)
+        return readers.read([_named(what)], method, stdin)
     if isinstance(what, Mapping):
         return sweeps.document(_plain(what), Path.cwd(), method=method)
     if (rows := _rows_of_frame(what)) is not None:
         return documents.of_table(tables.of_rows(rows, "the frame"), Path.cwd(), method)
     items = list(what) if isinstance(what, Iterable) else []
     if items and all(isinstance(item, str | os.PathLike) for item in items):
-        return readers.read([os.fspath(item) for item in items], method, stdin)
+        return readers.read([_named(item) for item in items], method, stdin)
     if items and all(isinstance(item, Mapping) for item in items):
         return documents.of_table(tables.of_rows(map(_plain, items), "the rows"), Path.cwd(), method)
     if isinstance(what, Iterable) and not items:
@@ -84,7 +84,7 @@ def submit(
 
     name: else the document's own, else that of its only file. append: add to the batch of this name. fresh: compute
     again what the store knows already. Nothing is stored unless all of it is valid, or `skip_invalid` leaves the bad
-    rows out. Raises BadSweep, CannotSubmit, NameTaken, ChangedFile.
+    rows out. Raises BadSweep, CannotSubmit, StoreError (NameTaken among them), ChangedFile.
     """
     found, prepared, resolver = prepare(what, config, skip_invalid, method, stdin)
     called = name or found.name
@@ -93,9 +93,10 @@ def submit(
     if not prepared.count:
         rows = wording.counted(prepared.refused, "row")
         raise CannotSubmit(f"{called}: of {rows} none is valid, so there is nothing to submit")
-    from netassay.store import submission
+    from netassay.store import arriving, submission
     from producer import lab
 
+    arriving.check(called, weight, note)  # before files are kept
     with lab.records_of(config) as database:
         database.prepare()
         resolver.commit()
@@ -103,6 +104,12 @@ def submit(
             database, called, prepared.segments, prepared.names, weight, progress, note=note, append=append, fresh=fresh
         )
     return prepared, outcome
+
+
+def _named(path: str | os.PathLike[str]) -> str:
+    if not (text := os.fspath(path)):  # as a path it would be the working folder
+        raise CannotSubmit("the name of a file is empty; give a path, or - for standard input")
+    return text
 
 
 def left_out(prepared: sweeps.Prepared) -> str:

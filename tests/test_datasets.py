@@ -309,6 +309,27 @@ def test_whole_numbers_stay_the_classes_they_are(tmp_path: Path) -> None:
     assert read(tmp_path / "named.npz").classes == ("a", "b", "c")
 
 
+def test_twelve_classes_stay_in_the_order_of_numbers_in_every_format(tmp_path: Path) -> None:
+    """In the order of text 10 and 11 would come before 2."""
+    x, y = np.arange(24.0), [number % 12 for number in range(24)]
+    pl.DataFrame({"x": x, "y": y}).write_csv(tmp_path / "t.csv")
+    pl.DataFrame({"x": x, "y": y}).write_parquet(tmp_path / "t.parquet")
+    pl.DataFrame({"x": x, "y": list(map(str, y))}).write_parquet(tmp_path / "text.parquet")
+    named = {"x": x[:, None], "feature_names": np.array(["x"])}
+    np.savez(tmp_path / "t.npz", y=np.array(y), **named)
+    np.savez(tmp_path / "text.npz", y=np.array(list(map(str, y))), **named)
+    names = ("t.csv", "t.parquet", "text.parquet", "t.npz", "text.npz")
+    assert {tuple(read(tmp_path / name).y.tolist()) for name in names} == {tuple(y)}
+    assert len({digest(tmp_path / name) for name in names}) == 1
+
+
+def test_a_class_that_is_not_finite_is_told_its_row(tmp_path: Path) -> None:
+    for labels in ([0.0, math.inf, 1.0], [math.inf, math.inf, math.inf]):
+        pl.DataFrame({"x": [1.0, 2.0, 3.0], "y": labels}).write_parquet(tmp_path / "t.parquet")
+        with pytest.raises(files.DatasetFileError, match=r"row [12], column 'y': inf is not a class"):
+            read(tmp_path / "t.parquet")
+
+
 def test_images_keep_or_get_their_shape(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, size=(6, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", x=images, y=np.arange(6) % 2)
@@ -347,6 +368,10 @@ BAD_TABLES = {
     "a,b,c\n1,2,x\n3,4,x\n5,6,x\n": "all 3 examples are of one class \\('x'\\)",
     "a,b,c\n1,2,0\n3,4,1\n": "there are 2 examples",
     "a,b,c\n1,2,0\n3,4,1.5\n5,6,1\n": "row 2, column 'c': '1.5' is not a class",
+    "a,b,c\n1,2,0\n3,4,NA\n5,6,1\n": "row 2, column 'c': 'NA' is not a class where most are numbers",
+    "a,b,c\n1,2,0\n3,4,nan\n5,6,1\n": "row 2, column 'c': 'nan' is not a class where most are numbers",
+    "a,b,c\n1,2,0\n3,4,inf\n5,6,1\n": "row 2, column 'c': 'inf' is not a class where most are numbers",
+    "a,b,c\n1,2,x\n3,4,y\n5,6,1\n": "row 3, column 'c': '1' is not a class where most are text",
     "a,b,c\n1,2,0\n3,4,-1\n5,6,1\n": r"column 'c' holds -1 \(row 2\)",
     "a,b,c\n1,2,0\n3,4,70000\n5,6,1\n": r"column 'c' holds 70000 \(row 2\)",
     "a,b,c\n1,2,1\n3,4,2\n5,6,1\n": "numbers up to 2, but none is 0",
@@ -403,6 +428,8 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"x": np.where(X == 3, np.nan, X), "y": Y}, r"x\[1, 1\] is nan, not a finite number"),
     "complex": ({"x": X * 1j, "y": Y}, "x holds complex128, not numbers"),
     "no rows": ({"x": X[:0], "y": Y[:0]}, r"x has the shape \(0, 2\): it holds nothing"),
+    "text beside numbers": ({"x": X, "y": np.array(["0", "1", "NA", "1"])}, r"holds 'NA' \(row 3\).*most are numbers"),
+    "numbers beside text": ({"x": X, "y": np.array(["a", "1", "b", "a"])}, r"holds '1' \(row 2\).*most are text"),
     "fractions": ({"x": X, "y": Y + 0.5}, r"holds 0.5 \(row 1\), which is not a class"),
     "too few names": ({"x": X, "y": Y, "class_names": np.array(["a"])}, r"holds 1 \(row 2\), but there are 1 classes"),
     "feature names": ({"x": X, "y": Y, "feature_names": np.array(["a"])}, "names the 2 features"),

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from netassay import catalogue, job
 from netassay.figure import Figure
@@ -152,6 +153,16 @@ def differences(a: Any, b: Any, tolerance: float, path: str = "") -> list[str]:
 
 
 # --- what it says of itself -------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_true_and_false_are_no_numbers_of_its_params(name: str) -> None:
+    params = catalogue.get(name).Params
+    numbers = [field for field, about in params.model_fields.items() if about.annotation in (int, float)]
+    with pytest.raises(ValidationError) as caught:
+        params.model_validate({**dict.fromkeys(numbers, True), "surely no field": 0})
+    told = {one["loc"][0] for one in caught.value.errors() if one["msg"].endswith("is true, must be a number")}
+    assert told == set(numbers)
 
 
 @every_method

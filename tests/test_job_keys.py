@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from netassay import catalogue, job
-from netassay.fields import Real
+from netassay.fields import Count, Radius, Real
 from netassay.method import Contract, Method
 
 GOLDEN = Path(__file__).parent / "golden" / "keys.json"
@@ -137,3 +140,59 @@ def test_golden_keys_stay(name: str, tmp_path: Path) -> None:
     first = next(part for part in sweeps.prepare(document, resolver).segments if part.method == name)
     found = {"version": first.version, "params": first.params[0], "key": first.keys[0].hex()}
     assert found == golden, f"the first example of {name} has another key. {ADVICE}"
+
+
+class Numbers(Contract):
+    count: Count = 1
+    radius: Radius = 0.0
+    maybe: int | None = None
+    shape: tuple[int, ...] = ()
+    pair: tuple[int, float] = (0, 0.0)
+    rates: Mapping[str, float] | None = None
+    order: Literal[1, 2] = 1
+    either: float | Literal["auto"] = "auto"
+    inner: Inner = Inner()
+    many: tuple[Inner, ...] = ()
+    switch: bool = False
+    truth: bool | int = 0
+    also: int | bool = 0
+
+
+@pytest.mark.parametrize("truth", [True, False, np.True_, np.False_], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda truth: {"count": truth},
+        lambda truth: {"radius": truth},
+        lambda truth: {"maybe": truth},
+        lambda truth: {"shape": [1, truth]},
+        lambda truth: {"pair": (0, truth)},
+        lambda truth: {"rates": {"a": truth}},
+        lambda truth: {"order": truth},
+        lambda truth: {"either": truth},
+        lambda truth: {"inner": {"a": truth}},
+        lambda truth: {"many": [{}, {"b": truth}]},
+    ],
+)
+def test_true_and_false_are_no_numbers(given: Callable[[Any], dict[str, Any]], truth: Any) -> None:
+    """As 1 and 0 they would share the key of another job, which nobody asked for."""
+    with pytest.raises(ValidationError, match=f"is {str(bool(truth)).lower()}, must be a number"):
+        Numbers.model_validate(given(truth))
+
+
+def test_true_and_false_are_refused_in_stored_json_too() -> None:
+    with pytest.raises(ValidationError, match="is true, must be a number"):
+        Numbers.model_validate_json('{"count": true}')
+
+
+def test_a_field_that_may_be_true_or_false_still_may() -> None:
+    found = Numbers(switch=True, truth=True, also=False)
+    assert (found.switch, found.truth, found.also) == (True, True, False)
+    assert json.loads(job.canonical(found))["truth"] is True
+
+
+def test_what_else_stands_for_a_number_still_does() -> None:
+    found = Numbers.model_validate({"count": "3", "radius": 2, "shape": [np.int64(4), 5.0], "order": 2})
+    assert (found.count, found.radius, found.shape, found.order) == (3, 2.0, (4, 5), 2)
+    assert type(found.radius) is float
+    assert Numbers.model_json_schema()["properties"]["maybe"]["anyOf"] == [{"type": "integer"}, {"type": "null"}]

@@ -18,13 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netassay.settings import Settings
 from netassay.store.artifacts import Artifacts
-from producer import plain, readers, sweeps
+from netassay.store.database import StoreError
+from producer import plain, readers, submission, sweeps
 from producer.references import Resolver
 from producer.sweeps import BadSweep, Document, Prepared
 
@@ -351,6 +354,35 @@ def test_paths_and_names_belong_to_the_file_they_stand_in(tmp_path: Path) -> Non
     assert asked == [
         tmp_path / folder / name for folder in "ab" for name in ("nets/f.onnx", "nets/f.onnx", "gone.onnx")
     ]
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    """As a path it would be the working folder."""
+    for what in ("", ["a.yaml", ""]):
+        with pytest.raises(submission.CannotSubmit, match="the name of a file is empty; give a path"):
+            submission.document(what)
+
+
+def test_nothing_is_kept_of_a_batch_that_cannot_be(tmp_path: Path) -> None:
+    config = Settings(home=tmp_path / "lab")
+    rows = [{"value": 1}]
+    for wrong in ({"name": "a\nb"}, {"name": "a", "weight": 0.0}, {"name": "a", "note": "\0"}):
+        with pytest.raises(StoreError):
+            submission.submit(rows, config, method=ECHO, **wrong)
+    (tmp_path / "-x.yaml").write_text(f"jobs: {{method: {ECHO}, params: {{value: 1}}}}")
+    with pytest.raises(StoreError, match="a batch cannot be called '-x': the name begins with a dash"):
+        submission.submit(str(tmp_path / "-x.yaml"), config)
+    assert submission.submit(str(tmp_path / "-x.yaml"), config, "x")[1].new == 1  # nothing of it was there
+
+
+def test_true_and_false_are_no_numbers_in_any_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"seconds": true}\n{"seconds": 1}\n')
+    (tmp_path / "b.csv").write_text("seconds\ntrue\n1\n")
+    assert "line 1: seconds is true, must be a number" in str(refused([tmp_path / "a.jsonl"], SLEEP))
+    assert "line 2: seconds is 'true', must be a number" in str(refused([tmp_path / "b.csv"], SLEEP))
+    for row in ({"seconds": True}, {"seconds": np.True_}, {"seconds": np.array([False])[0]}):
+        with pytest.raises(BadSweep, match=r"seconds is (true|false), must be a number"):
+            prepared(submission.document([row], SLEEP))
 
 
 def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:

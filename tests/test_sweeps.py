@@ -577,6 +577,7 @@ def test_predictions_without_measure_stay_what_a_store_keeps() -> None:
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
+
 PREPARE = """
 import time, psutil
 from pathlib import Path

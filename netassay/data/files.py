@@ -8,7 +8,8 @@ data) of shape (n, ...) and `y` (or labels, target) of n classes; `feature_names
 are taken along if they are there. Pickled arrays are never read: unpickling can run code.
 
 Classes written as text become 0, 1, ... in sorted order. Whole numbers are kept as they are, because output j of a
-network means class j: they must be 0 .. k-1, none left out unless `classes` says how many there are.
+network means class j: they must be 0 .. k-1, none left out unless `classes` says how many there are. Numbers beside
+text are refused: one `NA` would make text of all classes, and another order of them.
 
 Values are scaled as `scale` says (`netassay.data.splits.Scale`; by default not at all) and then rounded once to
 float32. Certificates cut their balls with [0, 1] unless told not to: `minmax` puts data there.
@@ -426,7 +427,7 @@ def _at(column: polars.Series, wrong: polars.Series, what: str, what_to_try: str
 
 
 def _labels(column: polars.Series, options: File) -> tuple[numpy.ndarray, tuple[str, ...]]:
-    """Classes of a column: whole numbers as they are, text in sorted order."""
+    """Classes of a column: whole numbers as they are, text in sorted order; never both."""
     import polars as pl
 
     name, kind = column.name, column.dtype
@@ -441,7 +442,11 @@ def _labels(column: polars.Series, options: File) -> tuple[numpy.ndarray, tuple[
     if empty.any():
         raise _at(column, empty, "is missing", "leave such rows out, or write the class")
     numbers = column.cast(pl.Float64, strict=False)
-    if numbers.is_null().any() or numbers.is_nan().any():
+    finite = numbers.is_finite().fill_null(False)
+    if not finite.all() and (finite.any() or kind.is_numeric()):
+        most = kind.is_numeric() or 2 * int(finite.sum()) >= len(finite)
+        raise _at(column, ~finite if most else finite, _beside(most), _MIXED)
+    if not finite.any():
         names = column.unique().sort().to_list()
         classes = _named(names, options, place)
         return column.replace_strict(names, range(len(names)), return_dtype=pl.Int64).to_numpy(), classes
@@ -451,6 +456,15 @@ def _labels(column: polars.Series, options: File) -> tuple[numpy.ndarray, tuple[
             column, ~whole, "is not a class", "whole numbers from 0 or text, or name the right column with `label`"
         )
     return _classed(numbers.to_numpy(), options, place)
+
+
+# Were numbers beside text taken for text, the classes 0..11 would be numbered anew: 0, 1, 10, 11, 2, ...
+_MIXED = "leave such rows out, or write the class; classes are all numbers or all text"
+
+
+def _beside(numbers: bool) -> str:
+    """What is wrong with a class where most others are numbers, or text."""
+    return f"is not a class where most are {'numbers' if numbers else 'text'}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -575,6 +589,15 @@ def _array_labels(y: numpy.ndarray, options: File, texts: Sequence[str]) -> tupl
                 f"{place} holds an empty text (row {int(np.argmax(text == '')) + 1})", what_to_try="the class' name"
             )
         names, codes = np.unique(text, return_inverse=True)
+        finite = np.array([_number(str(name)) and math.isfinite(float(name)) for name in names])[codes]
+        if finite.all():  # as in a table, where all is text
+            return _array_labels(text.astype(np.float64), options, texts)
+        if finite.any():
+            most = 2 * int(finite.sum()) >= len(finite)
+            row = int(np.argmin(finite) if most else np.argmax(finite))
+            raise DatasetFileError(
+                f"{place} holds {str(text[row])!r} (row {row + 1}), which {_beside(most)}", what_to_try=_MIXED
+            )
         return codes.astype(np.int64), _named([str(name) for name in names], options, place)
     if y.dtype.kind not in "iuf":
         raise DatasetFileError(f"{place} holds {y.dtype}, not classes", what_to_try="whole numbers from 0, or text")
