@@ -1179,7 +1179,7 @@ def test_a_group_keeps_the_end_of_its_log_with_each_job_and_a_single_job_all_of_
     ids = tuple(task.id for task in claim.tasks)
     log = "".join(f"line {number}\n" for number in range(6000))
     running.report_death(database, worker, claim, Death(ids, 1.0, 2.0, "crash", "signal 11", log))
-    running.report_death(database, worker, claim, Death(ids[:1], 1.0, 2.0, "crash", "signal 11", log))
+    running.report_death(database, worker, claim, Death(ids[:1], 2.0, 3.0, "crash", "signal 11", log))
     kept = [text for (text,) in rows(database, "SELECT log FROM attempt ORDER BY id")]
     assert kept == [log[-running.GROUP_LOG :]] * len(ids) + [log]
     assert len(ids) > 1

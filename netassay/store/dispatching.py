@@ -327,25 +327,27 @@ def settle_needs(database: Database) -> int:
         found = _settled_segments(connection)
     if not found:
         return 0
+    changed = 0
     if any(found.values()):
         with database.write() as connection:
             # Again: a retry may have come in between.
             ready = [segment for segment, done in _settled_segments(connection).items() if done]
             for piece in slices(ready, 1_000):
                 connection.execute(text(f"UPDATE segment SET waiting = 0 WHERE id IN ({', '.join(map(str, piece))})"))
-    _fail_segments(database, [segment for segment, done in found.items() if not done])
-    return len(found)
+        changed = len(ready)
+    return changed + _fail_segments(database, [segment for segment, done in found.items() if not done])
 
 
 #: Jobs that one transaction fails: all others wait meanwhile.
 _SLICE = 10_000
 
 
-def _fail_segments(database: Database, segments: Sequence[int]) -> None:
+def _fail_segments(database: Database, segments: Sequence[int]) -> int:
     """Fail every job of these segments that has not ended; their unfinished chunks then find nothing left to run.
 
-    A segment that takes several transactions waits for its needs until the last of them.
+    A segment that takes several transactions waits for its needs until the last of them. Returns how many were failed.
     """
+    failed = 0
     with database.read() as connection:
         pieces = deque(
             (row.id, start, min(start + _SLICE, row.stop), start + _SLICE >= row.stop)
@@ -366,6 +368,8 @@ def _fail_segments(database: Database, segments: Sequence[int]) -> None:
                 jobs += stop - start
                 if last:
                     connection.execute(text("UPDATE segment SET waiting = 0 WHERE id = :id"), {"id": segment})
+                    failed += 1
+    return failed
 
 
 def _fail_range(connection: Connection, segment_id: int, start: int, stop: int) -> None:
