@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ValidationInfo, no_info_before_validator_function
 
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="seed of every random draw of the job")]
@@ -162,5 +163,5 @@ def _no_truth(value: Any) -> Any:
         return value
     # Also the bool of NumPy and of torch, which are not imported here.
     if kind is bool or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
-        raise ValueError(f"is {str(bool(value)).lower()}, must be a number")
+        raise PydanticCustomError("no_truth", "is {value}, must be a number", {"value": str(bool(value)).lower()})
     return value

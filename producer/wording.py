@@ -73,6 +73,8 @@ def _must(kind: str, context: Mapping[str, Any], given: Any) -> str | None:
         return f"{words} {context[name]}"
     if kind == "finite_number":
         return _FINITE
+    if kind == "no_truth":
+        return _KINDS["float"]
     if kind in ("literal_error", "enum"):
         quoted = " (write it in quotes)" if not isinstance(given, str) and f"'{given}'" in context["expected"] else ""
         return context["expected"] + quoted
@@ -113,6 +115,8 @@ def _pieces(value: Any, quoted: bool = False) -> Iterator[str]:
             yield ", " if place else ""
             yield from _pieces(item)
         yield "]"
+    elif isinstance(value, bool):  # as people write it
+        yield str(value).lower()
     elif isinstance(value, int) and value.bit_length() > 14_000:  # Python writes no more than 4,300 digits
         yield "a number of thousands of digits"
     else:
