@@ -586,7 +586,7 @@ class _Source:
 def _of_store(database: Database, query: Query, arrays: bool, wanted: Sequence[str]) -> _Source:
     def texts(name: str, version: int) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
         for params, result in reading.texts(database, query, name, version):
-            yield json.loads(params), storable.load(result) if result else None
+            yield storable.parse(params), storable.load(result) if result else None
 
     def decide() -> Schema:
         return _schema(reading.methods(database, query), texts, arrays)

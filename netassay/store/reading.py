@@ -274,7 +274,7 @@ def find(database: Database, query: Query) -> Iterator[Record]:
                 key=bytes(row.key).hex(),
                 method=row.method,
                 version=row.version,
-                params=json.loads(row.params),
+                params=storable.parse(row.params),
                 state=row.state or ("running" if row.running else "pending"),
                 result=storable.load(row.result) if row.result else None,
                 cause=row.cause or "",
@@ -283,7 +283,7 @@ def find(database: Database, query: Query) -> Iterator[Record]:
                 finished=row.finished_at or 0.0,
                 attempts=deaths.get(row.id, 0),
                 names=plan.names,
-                inputs=json.loads(row.inputs) if row.inputs else {},
+                inputs=storable.parse(row.inputs) if row.inputs else {},
                 provenance=kept.get(row.provenance_id, {}),
                 batches=holders.get(row.id, held),
             )
