@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from producer.wording import counted, strict
+from producer.wording import Shape, counted, strict
 
 if TYPE_CHECKING:
     from netassay.store.reading import Progress
@@ -97,7 +97,7 @@ def check_table(checks: Iterable[Check]) -> Table:
 
 def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each combination of the `by` columns among done jobs: their number; of each column in `of` (else of
-    each result) the mean where it is numeric, and the share of each value where it is a word or true/false.
+    each result but arrays) the mean where it is numeric, and the share of each value where it is a word or true/false.
     """
     groups: dict[tuple, list[dict[str, Any]]] = {}
     seen: dict[str, None] = {}
@@ -106,9 +106,10 @@ def summary(rows: Iterable[dict[str, Any]], by: Sequence[str], of: Sequence[str]
         if row["state"] == "done" and all(name in row for name in by):
             groups.setdefault(tuple(_group(row[name]) for name in by), []).append(row)
     members = [row for group in groups.values() for row in group]
+    arrays = {name for row in members for name, value in row.items() if isinstance(value, Shape)}
     values = {
         name: list(dict.fromkeys(row[name] for row in members if isinstance(row.get(name), str | bool)))
-        for name in (of or [name for name in seen if name not in (*by, *_ABOUT)])
+        for name in (of or [name for name in seen if name not in (*by, *_ABOUT) and name not in arrays])
     }
     result = []
     for key, group in groups.items():

@@ -139,10 +139,14 @@ def strict(value: Any) -> Any:
     return value
 
 
+class Shape(str):
+    """What is shown of an array: `array 3x4`."""
+
+
 def plain(value: Any) -> Any:
-    """A field of a result as it is shown: of an array, what it is."""
+    """A field of a result as it is shown: of an array, its shape."""
     if isinstance(value, Mapping) and "array" in value and "dtype" in value:
-        return f"array {'x'.join(map(str, value['shape']))}"
+        return Shape(f"array {'x'.join(map(str, value['shape']))}")
     return value
 
 

@@ -23,7 +23,7 @@ from netassay.store import dispatching, running
 from netassay.store.artifacts import Artifacts
 from netassay.store.database import Database
 from netassay.store.running import Outcome
-from producer import show
+from producer import show, wording
 from producer.cli import results
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
@@ -174,9 +174,9 @@ def test_each_method_has_a_table_of_its_own_with_as_many_columns_as_there_is_roo
     ]
     for width, names in ((80, ["job", "state", "tag", "x", "y", "word"]), (65, ["job", "x", "y", "word"]),
                          (61, ["job", "state", "tag", "x", "y"]), (5, ["job"])):  # fmt: skip
-        assert results._that_fit(results._columns(rows), rows, width) == names
+        assert results._that_fit(results._columns(rows), rows, ("job",), width) == names
     for width in (80, 160):
-        shown = results._that_fit(list(rows[0]), rows, width)
+        shown = results._that_fit(list(rows[0]), rows, ("job",), width)
         table = show.table(shown, [[show.cell(row[name]) for name in shown] for row in rows])
         with show.console.capture() as seen:
             show.console.print(table, width=width)
@@ -189,6 +189,20 @@ def test_what_has_no_room_is_named(cli: Cli, filled: Database, monkeypatch: pyte
     with show.console.capture() as seen:
         results._show_methods(rows)
     assert "no room for: message; --columns shows" in seen.get()
+    summary = [{"tag": 1, "jobs": 2, **{f"mean of number {number}": 1.5 for number in range(9)}}]
+    with show.console.capture() as seen:
+        results._print_fitting(list(summary[0]), summary, always=("tag", "jobs"))
+    header, row, left_out = seen.get().splitlines()[:3]
+    assert header.split()[:2] == ["tag", "jobs"]
+    assert row.split()[:2] == ["1", "2"]
+    assert left_out.startswith("no room for: mean of number")
+
+
+def test_a_summary_says_nothing_of_arrays() -> None:
+    array = wording.plain({"array": "", "dtype": "float64", "shape": [2, 3]})
+    assert array == "array 2x3"
+    rows = [{"state": "done", "tag": 1, "word": "array 1", "margins": array}]
+    assert show.summary(rows, ["tag"], []) == [{"tag": 1, "jobs": 1, "array 1": "100.0%"}]
 
 
 def test_any_value_makes_a_group_and_labels_say_what_they_are_of() -> None:

@@ -436,7 +436,7 @@ def test_bad_structure_is_refused(text: str, expected: str) -> None:
         ("method: diagnostics.echo, params: {value: 1, tag: 0.5}", "tag is 0.5, must be a whole number"),
         ("method: diagnostics.sleep, params: {seconds: yes}", "seconds is true, must be a number"),
         ("method: diagnostics.echo, params: {value: 1, tag: off}", "tag is false, must be a number"),
-        ("method: diagnostics.echo, params: {value: on}", "value is true, must be a number or text (write it in quotes)"),
+        ("method: diagnostics.echo, params: {value: on}", "is true, must be a number or text (write it in quotes)"),
         ("method: diagnostics.sleep, params: {seconds: -1}", "seconds is -1, must be at least 0.0"),
         ("method: diagnostics.sleep, params: {seconds: .inf}", "seconds is inf, must be a finite number"),
         ("method: diagnostics.sleep, params: {seconds: soon}", "seconds is 'soon', must be a number"),

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,7 +160,10 @@ def _summarise(
         _write_rows(rows, ".csv", sys.stdout)
     elif rows:
         names = list(dict.fromkeys(name for row in rows for name in row))
-        show.console.print(show.table(names, [[show.cell(row.get(name)) for name in names] for row in rows]))
+        if of:
+            _print_table(names, rows)
+        else:
+            _print_fitting(names, rows, always=(*by, "jobs"))
     else:
         print("no job of these is done")
 
@@ -224,9 +227,7 @@ def _show(database: Database, query: Query, what: str, wanted: list[str], limit:
 
 
 def _show_methods(rows: list[dict[str, Any]]) -> None:
-    """A table a method, of the columns there is room for, and which those are that it has not."""
-    from producer import show
-
+    """A table a method."""
     methods: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
@@ -234,13 +235,20 @@ def _show_methods(rows: list[dict[str, Any]]) -> None:
         if place:
             print()
         names = [name for name in _columns(members) if name != "method" or len(methods) == 1]
-        shown = _that_fit(names, members, show.console.width)
-        _print_table(shown, members, method if len(methods) > 1 else "")
-        if hidden := [name for name in names if name not in shown]:
-            show.console.print(
-                f"no room for: {', '.join(hidden)}; --columns shows those it names, --out FILE has all",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
+        _print_fitting(names, members, always=("job",), title=method if len(methods) > 1 else "")
+
+
+def _print_fitting(names: list[str], rows: list[dict[str, Any]], always: Sequence[str], title: str = "") -> None:
+    """A table of the columns there is room for, and which those are that have none."""
+    from producer import show
+
+    shown = _that_fit(names, rows, always, show.console.width)
+    _print_table(shown, rows, title)
+    if hidden := [name for name in names if name not in shown]:
+        show.console.print(
+            f"no room for: {', '.join(hidden)}; --columns shows those it names, --out FILE has all",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _print_table(names: list[str], rows: list[dict[str, Any]], title: str = "") -> None:
@@ -255,11 +263,11 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
 
 
-def _that_fit(names: list[str], rows: list[dict[str, Any]], width: int) -> list[str]:
+def _that_fit(names: list[str], rows: list[dict[str, Any]], always: Sequence[str], width: int) -> list[str]:
     """As many of these columns as stand side by side, in their order.
 
-    The job is always among them. Those that differ between rows come before those that do not, and what became of a job
-    before its params and result.
+    always: those that come first. Of the others, those that differ between rows come before those that do not, and what
+    became of a job before its params and result.
     """
     from rich.cells import cell_len
 
@@ -269,8 +277,10 @@ def _that_fit(names: list[str], rows: list[dict[str, Any]], width: int) -> list[
     same = {name for name in names if len(rows) > 1 and len({str(row.get(name)) for row in rows}) == 1}
     kept: set[str] = set()
     left = width + show.GAP
-    first = ("job", "state", "cause")
-    for name in sorted(names, key=lambda name: (name in same and name != "job", name not in first, names.index(name))):
+    first = (*always, "state", "cause")
+    for name in sorted(
+        names, key=lambda name: (name in same and name not in always, name not in first, names.index(name))
+    ):
         if widths[name] + show.GAP <= left or not kept:
             kept.add(name)
             left -= widths[name] + show.GAP
