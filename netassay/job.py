@@ -110,3 +110,26 @@ class Record:
         if self.result is None:
             raise KeyError(f"job {self.key} has no result (it is {self.state})")
         return storable.load_array(self.result[name])
+
+
+@dataclass(slots=True)
+class Segment:
+    """Consecutive jobs of one method that may run together: same shared references, dataset, `group` answer and limits.
+
+    group: short label, such as the user's name of the network. seconds, memory (bytes): the method's prediction for its
+    first job. time_limit (seconds), memory_limit (bytes): as the sweep says, else None. group_size: how many jobs one
+    `run_many` call may take. recipes: references of recipes whose networks the jobs need. params: canonical JSON.
+    """
+
+    method: str
+    version: int
+    group: str
+    seconds: float
+    memory: int | None
+    time_limit: float | None
+    memory_limit: int | None
+    group_size: int
+    libraries: tuple[str, ...]
+    recipes: tuple[str, ...]
+    params: list[str] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)

@@ -174,6 +174,7 @@ class Batch:
         for a method that this process has not got.
         """
         from netassay import catalogue
+        from netassay.job import BUILDER
         from netassay.store import reading
         from producer.notebook import Drawing
 
@@ -186,7 +187,7 @@ class Batch:
             if method:
                 drawable = {name: plot for name, plot in drawable.items() if name == method}
             elif len(drawable) > 1:  # a network that was trained on the way is not what the batch is about
-                drawable.pop("networks.train", None)
+                drawable.pop(BUILDER, None)
             if not drawable:
                 what = (
                     f"{method} draws no figure in batch {self.name}" if method else f"batch {self.name} has no figure"

@@ -39,6 +39,7 @@ from pydantic import ValidationError
 
 from netassay import catalogue, job
 from netassay.fields import KINDS, ReferenceTo
+from netassay.job import Segment
 from netassay.method import TIME_CEILING, Contract, Method, time_limit
 from producer import cells, references, tables, wording
 from producer.documents import KEPT, MOST_BYTES, BadSweep, Document, Entry, RowError, limits_of
@@ -51,29 +52,6 @@ from producer.references import Resolver
 
 #: How often the same fault in rows of a file is told with its line; of further such rows the number only.
 APART = 5
-
-
-@dataclass(slots=True)
-class Segment:
-    """Consecutive jobs of one method that may run together: same shared references, dataset, `group` answer and limits.
-
-    group: short label, such as the user's name of the network. seconds, memory (bytes): the method's prediction for its
-    first job. time_limit (seconds), memory_limit (bytes): as the sweep says, else None. group_size: how many jobs one
-    `run_many` call may take. recipes: references of recipes whose networks the jobs need. params: canonical JSON.
-    """
-
-    method: str
-    version: int
-    group: str
-    seconds: float
-    memory: int | None
-    time_limit: float | None
-    memory_limit: int | None
-    group_size: int
-    libraries: tuple[str, ...]
-    recipes: tuple[str, ...]
-    params: list[str] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -9,11 +9,10 @@ from typing import Any
 
 from sqlalchemy import text
 
-from netassay.job import BUILDER, key_of
+from netassay.job import BUILDER, Segment, key_of
 from netassay.store import dispatching, running, submission
 from netassay.store.database import Database
 from netassay.store.running import Claim, Outcome, Task
-from producer.sweeps import Segment
 
 METHOD = "diagnostics.echo"
 

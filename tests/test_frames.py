@@ -23,7 +23,7 @@ from store_by_hand import sign_on, submit
 
 from netassay import catalogue
 from netassay.fields import AnyNetworkRef, Array, Count, DatasetRef, Seed
-from netassay.job import Record, canonical, key_of
+from netassay.job import Record, Segment, canonical, key_of
 from netassay.method import Contract
 from netassay.store import dispatching, reading, running, storable, submission
 from netassay.store.artifacts import Artifacts
@@ -31,7 +31,6 @@ from netassay.store.database import Database
 from netassay.store.reading import Query
 from netassay.store.running import Outcome
 from producer import frames
-from producer.sweeps import Segment
 
 NETWORK = "onnx:" + "a" * 64
 ABOUT = ["job", "batches", "method", "version", "state", "cause", "message", "seconds", "finished", "attempts"]

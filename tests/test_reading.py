@@ -16,13 +16,12 @@ from services import STORES
 from sqlalchemy import event
 from store_by_hand import done, drain, failed, finish, jobs, number_of, sign_on, submit, take
 
-from netassay.job import key_of
+from netassay.job import Segment, key_of
 from netassay.store import arriving, reading, running, submission
 from netassay.store.control import NoSuchBatch
 from netassay.store.database import Database
 from netassay.store.reading import NoSuchMethod, NoSuchNetwork, Query
 from netassay.store.running import Death, Outcome
-from producer.sweeps import Segment
 
 
 @pytest.fixture(params=STORES)

@@ -15,12 +15,11 @@ from services import STORES
 from sqlalchemy import text
 from store_by_hand import audit_at_rest, builder, drain, jobs, rows, sign_on, submit
 
-from netassay.job import key_of
+from netassay.job import Segment, key_of
 from netassay.store import arriving, submission, tidying
 from netassay.store.artifacts import Artifacts
 from netassay.store.database import Database
 from netassay.store.running import Outcome
-from producer.sweeps import Segment
 
 
 @pytest.fixture(params=STORES)

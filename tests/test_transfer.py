@@ -36,14 +36,13 @@ from store_by_hand import (
     take,
 )
 
-from netassay.job import key_of
+from netassay.job import Segment, key_of
 from netassay.store import arriving, control, dispatching, reading, running, submission, transfer
 from netassay.store.artifacts import Artifacts
 from netassay.store.database import Database, StoreError
 from netassay.store.running import Death, Outcome, Task
 from netassay.store.submission import NameTaken
 from netassay.store.transfer import BatchesDiffer, NotAnExport
-from producer.sweeps import Segment
 
 
 @pytest.fixture(params=[*itertools.product(STORES, STORES)], ids="-to-".join)

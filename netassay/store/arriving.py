@@ -14,31 +14,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Connection, text
 
-from netassay.job import BUILDER, ENDS
+from netassay.job import BUILDER, ENDS, Segment
 from netassay.method import time_limit
 from netassay.store.database import PATIENCE, Database, StoreError, slices
 from netassay.store.reset import make_ready
-
-
-class Segment(Protocol):
-    """Consecutive jobs of one method, version, networks and limits; `producer.sweeps` makes them."""
-
-    method: str
-    version: int
-    group: str
-    seconds: float
-    memory: int | None
-    time_limit: float | None
-    memory_limit: int | None
-    group_size: int
-    libraries: tuple[str, ...]
-    recipes: tuple[str, ...]
-    params: list[str]
-    keys: list[bytes]
 
 
 @dataclass(frozen=True)

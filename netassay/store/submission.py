@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, TextClause, text
 
 from netassay import faults
-from netassay.job import BUILDER, DETERMINISTIC
-from netassay.store.arriving import Arrival, Opened, Segment, begin, check, discard, ids_of, opened, recipe_of
+from netassay.job import BUILDER, DETERMINISTIC, Segment
+from netassay.store.arriving import Arrival, Opened, begin, check, discard, ids_of, opened, recipe_of
 from netassay.store.database import PATIENCE, Database, Outage, StoreError, slices
 from netassay.store.reset import forget_records
 

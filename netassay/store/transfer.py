@@ -40,7 +40,7 @@ from sqlalchemy import Connection, Row, text
 
 from netassay import __version__, faults
 from netassay.errors import UserError
-from netassay.job import BUILDER, DETERMINISTIC, key_of
+from netassay.job import BUILDER, DETERMINISTIC, Segment, key_of
 from netassay.store import arriving, running, storable
 from netassay.store.artifacts import Artifacts, MissingArtifact, named
 from netassay.store.control import batch_id_of
@@ -636,24 +636,6 @@ def _worker_id(database: Database, line: _Worker) -> int:
 
 
 @dataclass
-class _Asked:
-    """A segment as submission takes them: limits and hint as they stood, jobs in the batch's order."""
-
-    method: str
-    version: int
-    group: str
-    seconds: float
-    memory: int | None
-    time_limit: float | None
-    memory_limit: int | None
-    group_size: int
-    libraries: tuple[str, ...]
-    recipes: tuple[str, ...]
-    params: list[str]
-    keys: list[bytes]
-
-
-@dataclass
 class _Arriving:
     """One batch of the file on its way in: as a submission, with records before it opens."""
 
@@ -692,11 +674,11 @@ class _Arriving:
             self.counts.jobs += head.size
             self.counts.new += new
 
-    def _read(self) -> list[_Asked]:
+    def _read(self) -> list[Segment]:
         segments = []
         jobs = self.archive.of_batch(self.number, "jobs", _Job)
         for line in self.archive.of_batch(self.number, "segments", _Segment):
-            asked = _Asked(
+            asked = Segment(
                 line.method, line.version, line.label, line.hint, None, line.time_limit, line.memory_limit,
                 line.group_size, tuple(line.libraries.split()), tuple(line.needs), [], [],
             )  # fmt: skip

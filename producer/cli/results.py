@@ -299,6 +299,7 @@ def plot(
 ) -> None:
     """Draw the figure of a batch's method, or of a method across batches."""
     from netassay import catalogue
+    from netassay.job import BUILDER
     from netassay.store import artifacts, reading, transfer
     from producer import drawing
 
@@ -315,7 +316,7 @@ def plot(
     if method and method not in drawable:
         raise UserError(f"{method} has no figure in {what}; there are: {', '.join(drawable) or 'none'}")
     # A network trained on the way is not what the batch is about.
-    chosen = [method] if method else [n for n in drawable if n != "networks.train" or len(drawable) == 1]
+    chosen = [method] if method else [n for n in drawable if n != BUILDER or len(drawable) == 1]
     if not chosen:
         raise UserError(f"no method of {what} draws a figure: {', '.join(records) or 'there are no such records'}")
     with artifacts.using(artifacts.of(config)):
