@@ -88,7 +88,7 @@ class CeleryBroker:
             task_publish_retry=False,
         )
         self._prefix = prefix
-        address = url.replace("redis+socket://", "unix://").replace("?virtual_host=", "?db=")
+        address = lab.redis_address(url)
         self._redis = redis.Redis.from_url(address, socket_timeout=10, decode_responses=True)
         self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError, KombuError, OperationalError)
 

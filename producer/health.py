@@ -21,14 +21,11 @@ QUIET_SECONDS = 30
 def quiet(config: Settings) -> float:
     """Seconds since a dispatcher looked, in whole ones; infinite where none has since Redis was wiped.
 
-    Raises redis.RedisError, StoreError, an Outage.
+    Raises LabError, StoreError, an Outage, redis.RedisError.
     """
-    import redis
-
     with lab.records_of(config) as database:
         prefix = key_prefix(database)
-    address = config.broker.replace("redis+socket://", "unix://").replace("?virtual_host=", "?db=")
-    client = redis.Redis.from_url(address, socket_timeout=5, socket_connect_timeout=5)
+    client = lab.reach_broker(config.broker)
     try:
         seconds = client.object("idletime", f"{prefix}incarnation")
     finally:
@@ -48,8 +45,8 @@ def main() -> int:
         print(error, file=sys.stderr)
     except Outage as error:
         print(f"the store does not answer: {error.orig}; check NETASSAY_STORE", file=sys.stderr)
-    except (redis.RedisError, OSError, ValueError) as error:
-        print(f"Redis does not answer: {error}; check NETASSAY_BROKER", file=sys.stderr)
+    except redis.RedisError as error:  # it answered before
+        print(f"the broker does not answer: {error}; check NETASSAY_BROKER", file=sys.stderr)
     return 1
 
 

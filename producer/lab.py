@@ -456,6 +456,11 @@ def within(seconds: float, action: Callable[[], Any], complaint: str) -> Any:
     return value
 
 
+def redis_address(url: str) -> str:
+    """A broker's URL as redis-py has it, which writes sockets otherwise than Celery does."""
+    return url.replace("redis+socket://", "unix://").replace("?virtual_host=", "?db=")
+
+
 def reach_broker(url: str, seconds: float = REACH_SECONDS) -> Any:
     """A client of the broker (`redis.Redis`) that has answered a PING.
 
@@ -463,11 +468,10 @@ def reach_broker(url: str, seconds: float = REACH_SECONDS) -> Any:
     """
     import redis
 
-    address = url.replace("redis+socket://", "unix://").replace("?virtual_host=", "?db=")
     shown = masked(url)
     try:
         client = redis.Redis.from_url(
-            address, socket_timeout=seconds, socket_connect_timeout=seconds, decode_responses=True
+            redis_address(url), socket_timeout=seconds, socket_connect_timeout=seconds, decode_responses=True
         )
         within(seconds, client.ping, f"the broker {shown} does not answer within {seconds:.0f} s; see that it runs")
     except ValueError as error:

@@ -165,7 +165,7 @@ def test_everything_that_runs_for_long_has_a_health_check_that_exists(services: 
 @pytest.mark.parametrize("module, store, says", [
     ("worker.health", "sqlite:////proc/none/store.sqlite", "the store does not answer.*NETASSAY_STORE"),
     ("producer.health", "sqlite:////proc/none/store.sqlite", "the store does not answer.*NETASSAY_STORE"),
-    ("producer.health", "", "Redis does not answer.*NETASSAY_BROKER"),
+    ("producer.health", "", "the broker redis://127.0.0.1:1/0 does not answer.*NETASSAY_BROKER"),
 ])  # fmt: skip
 def test_a_check_fails_in_words_where_nothing_answers(module: str, store: str, says: str, tmp_path: Path) -> None:
     config = Settings(home=tmp_path)
