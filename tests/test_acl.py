@@ -134,14 +134,23 @@ def look_at_flower(described: dict[str, Any]) -> None:
 def remote_control(config: Settings, *words: str) -> str:
     command = [sys.executable, "-P", "-m", "celery", "--app", "worker.app", *words]
     environment = {**os.environ, **lab.environment_of(config)}
-    return subprocess.run(command, env=environment, cwd=config.root, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, env=environment, cwd=config.root, capture_output=True, text=True, timeout=200).stdout
 
 
 def test_a_lab_is_never_denied_anything(guarded: Guarded, config: Settings) -> None:
     guarded.admin.acl_log_reset()
-    with variables({"FLOWER_BASIC_AUTH": "user:password"}), lab.running(config, slots=1, flower=True) as described:
+    with (
+        variables({"FLOWER_BASIC_AUTH": "user:password"}),
+        lab.running(config, slots=1, flower=True, monitor=True) as described,
+    ):
         run_batch(config, "first")
         look_at_flower(described)
+
+        def none_waits() -> bool:
+            with urllib.request.urlopen(described["monitor"] + "/metrics", timeout=30) as answer:
+                return b"netassay_messages_waiting 0.0" in answer.read()
+
+        until(none_waits, what="the monitor to have asked Redis")
         assert "pong" in remote_control(config, "inspect", "ping")
         assert "worker-" in remote_control(config, "inspect", "stats")
         # One that is killed leaves its queues behind, and comes back.

@@ -646,3 +646,12 @@ def test_a_hundred_thousand_rows_of_a_file_are_prepared_in_about_a_second_and_li
     # Measured: 0.55 s (JSON Lines) to 0.68 s (a JSON list), and 25 MB, on one core; a grid takes 0.36 s.
     assert float(seconds) < 2.8
     assert int(resident) < 50_000_000
+
+
+@pytest.mark.parametrize("text", [
+    "!!map [1]", "x: !!map 1", "x: !!bool maybe", "x: !!int ''", "x: !!timestamp x", "x: !!float x", "x: !!omap 1",
+    "x: !!timestamp 2001-99-99", "x: !!set [1]", "x: !!pairs 1", "x: !!binary é",
+])  # fmt: skip
+def test_a_tag_that_does_not_fit_its_text_is_not_yaml(text: str) -> None:
+    with pytest.raises(plain.Unreadable):
+        plain.load_yaml(text)

@@ -1,7 +1,7 @@
 """The Celery app of a worker: one task, `netassay.run_chunk`, on a pool of threads.
 
-Started as `celery --app worker.app worker --pool threads --concurrency SLOTS`, by `netassay up` or by hand with
-NETASSAY_BROKER, NETASSAY_STORE and NETASSAY_ARTIFACTS set.
+Started as `python -m worker` by `netassay up` and `netassay worker`, or by hand as `celery --app worker.app worker
+--pool threads --concurrency SLOTS` with NETASSAY_BROKER, NETASSAY_STORE and NETASSAY_ARTIFACTS set.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import warnings
 from typing import Any
 
+import structlog
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
@@ -17,11 +18,13 @@ from netassay import logs
 from netassay.settings import settings
 from netassay.store.database import PATIENCE, Database
 from netassay.store.dispatching import QUEUE, TASK, key_prefix
+from worker import messages
 from worker.supervisor import Supervisor
 
 # To root it speaks of the dangers of pickle, which is not accepted here.
 warnings.filterwarnings("ignore", category=SecurityWarning)
 
+messages.be_careful()
 app = Celery("netassay", broker=settings().broker)
 app.conf.update(
     # The message is only a doorbell: the claim in the store is the acknowledgement, so the message may go at once, and
@@ -74,20 +77,32 @@ def run_chunk(chunk_id: int, label: str = "") -> None:
     """Run one chunk; `label` (batch / method / range) is for people who look at Flower."""
     if _supervisor is None:
         raise RuntimeError("this worker has not signed on")
-    _supervisor.run(chunk_id)
+    with structlog.contextvars.bound_contextvars(chunk=chunk_id, batch=label.rsplit(" / ", 2)[0]):
+        _supervisor.run(chunk_id)
+
+
+def _about() -> dict[str, Any]:
+    return {"worker": _supervisor.worker_id} if _supervisor is not None else {}
+
+
+if logs.as_json():
+    # Flower is started with this app as well. Celery leaves logging alone where somebody listens to this signal.
+    logs.configure("flower" if "flower" in sys.argv else "worker", _about)
+    signals.setup_logging.connect(lambda **_: None, weak=False)
 
 
 @signals.worker_init.connect
 def _start(sender: Any = None, **_: Any) -> None:
     global _supervisor
-    logs.configure()
+    if not logs.as_json():
+        logs.configure("worker")
     concurrency = sender.concurrency if sender is not None else 1
     try:
         supervisor = Supervisor(settings(), int(concurrency))
         supervisor.start()
     except Exception as error:
         # Celery only notes what a signal's receiver raises, and would go on to take messages that nobody can run.
-        print(f"the worker cannot start: {error}", file=sys.stderr, flush=True)
+        logs.complain(f"the worker cannot start: {error}")
         raise SystemExit(1) from error
     _supervisor = supervisor
 

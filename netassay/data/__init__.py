@@ -128,9 +128,11 @@ def facts_of(reference: str, content: bytes) -> Facts:
         return files.facts(content)
     try:
         return generators.parse(json.loads(content)).facts()
-    except ValueError as error:
+    except (ValueError, AttributeError, RecursionError) as error:  # no JSON, no mapping, nested without end
         raise InvalidInput(
-            f"{called(reference)} cannot be read", str(error), "submit the generator again, to a worker of this version"
+            f"{called(reference)} cannot be read",
+            f"{error!s:.1000}",
+            "submit the generator again, to a worker of this version",
         ) from None
 
 

@@ -22,13 +22,16 @@ the same digest whatever format it came in. The names are content: a renamed col
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import io
+import lzma
 import math
 import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,8 +53,17 @@ LARGEST_FILE, LARGEST = 2**31, 2**28
 #: More classes than this are taken for a wrong column; longer names for a column of prose.
 _MOST_CLASSES, _LONGEST_NAME = 10_000, 200
 _LONGEST_LINE = 16 << 20
+#: Bytes of a column of text.
+_MOST_TEXT = 256 << 20
 _X, _Y = ("x", "X", "data"), ("y", "labels", "target")
 _FEATURES, _CLASSES = ("feature_names", "features"), ("class_names", "target_names", "classes")
+
+
+#: What Python's reader of zip archives and NumPy's of arrays raise for damaged ones.
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, OSError, ValueError,
+    struct.error, TypeError, KeyError, OverflowError, SyntaxError,
+)  # fmt: skip
 
 
 class DatasetFileError(InvalidInput, ValueError):
@@ -121,7 +133,9 @@ def read(path: Path, options: File) -> Table:
     if suffix == ".npz":
         x, y, classes, features = _arrays(path, options)
     elif suffix in SUFFIXES:
-        x, y, classes, features = _columns(_csv(path, options) if suffix == ".csv" else _parquet(path), options)
+        x, y, classes, features = _columns(
+            _csv(path, options) if suffix == ".csv" else _parquet(path, options.without), options
+        )
     else:
         raise DatasetFileError(
             f"a dataset cannot be read from {suffix or 'a file without a suffix'}",
@@ -332,7 +346,7 @@ def _ragged(path: Path, options: File, width: int) -> None:
             raise DatasetFileError(f"line {rows.line_num} cannot be read", str(error), "check its quotes") from None
 
 
-def _parquet(path: Path) -> polars.DataFrame:
+def _parquet(path: Path, without: Sequence[str] = ()) -> polars.DataFrame:
     # Not by Polars: on damaged files its reader panics, which is no error that a program can hold.
     import polars as pl
     import pyarrow as pa
@@ -340,11 +354,25 @@ def _parquet(path: Path) -> polars.DataFrame:
 
     try:
         with parquet.ParquetFile(path) as file:
-            _bounded(file.metadata.num_rows, len(file.schema_arrow.names))
-            table = file.read()
+            leaves = [file.schema.column(place) for place in range(len(file.schema))]
+            # Of lists and texts a few bytes can say that they repeat for ever: a list is refused unread, a text is read
+            # as its dictionary.
+            lists = {leaf.path.partition(".")[0] for leaf in leaves if leaf.max_repetition_level}
+            if found := sorted(lists - set(without)):
+                raise DatasetFileError(
+                    f"column {found[0]!r} holds lists, not numbers", what_to_try=f"`without: [{found[0]}]`"
+                )
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            names = file.schema_arrow.names
+            _bounded(file.metadata.num_rows, len(names))
+            table = file.read(columns=[name for name in names if name not in lists]) if lists else file.read()
             table.validate(full=True)
+            columns = [_written_out(column) for column in table.columns]
             # Without what other programs noted in the schema, which Polars would read.
-            table = pa.table(table.columns, names=table.column_names)
+            table = pa.table(
+                [*columns, *(pa.nulls(table.num_rows) for _ in lists)], names=[*table.column_names, *sorted(lists)]
+            )
     except DatasetFileError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -365,6 +393,28 @@ def _parquet(path: Path) -> polars.DataFrame:
         ) from None
     assert isinstance(frame, pl.DataFrame)
     return frame
+
+
+def _written_out(column: Any) -> Any:
+    """A column of texts that was read as a dictionary, as texts; any other as it is. Raises DatasetFileError."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    if not pa.types.is_dictionary(column.type) or not (
+        pa.types.is_string(column.type.value_type) or pa.types.is_binary(column.type.value_type)
+    ):
+        return column
+    size = 0
+    for chunk in column.chunks:
+        lengths = compute.binary_length(chunk.dictionary).take(chunk.indices)
+        size += compute.sum(compute.cast(lengths, pa.int64())).as_py() or 0
+    if size > _MOST_TEXT:
+        raise DatasetFileError(
+            f"a column of texts has {size / 2**20:,.0f} MiB",
+            f"that is no column of classes: too large, at most {_MOST_TEXT >> 20} MiB are read",
+            "leave it out with `without`",
+        )
+    return column.cast(column.type.value_type)
 
 
 def _columns(frame: polars.DataFrame, options: File) -> _Parts:
@@ -507,7 +557,7 @@ def _arrays(path: Path, options: File) -> _Parts:
             features, classes = array(_FEATURES, needed=False), array(_CLASSES, needed=False)
     except DatasetFileError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+    except _DAMAGED as error:
         raise DatasetFileError("the file is damaged", str(error), "write it again with numpy.savez") from None
     assert x is not None
     assert y is not None
@@ -661,26 +711,47 @@ def facts(data: bytes) -> Facts:
 
 
 def _shape(data: bytes, name: str) -> tuple[int, ...]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open(f"{name}.npy") as file:
-            found = _HEADER.search(file.read(256))
-    except (zipfile.BadZipFile, KeyError):
-        found = None
-    if found is None:
-        raise DatasetFileError(
-            "the artifact is no dataset", "it was not written by netassay", "submit the dataset's file again"
-        )
-    shape: tuple[int, ...] = ast.literal_eval(found[1].decode("ascii"))
+    with _distrusted(), zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open(f"{name}.npy") as file:
+        found = _HEADER.search(file.read(256))
+        shape: tuple[int, ...] = ast.literal_eval(found[1].decode("ascii")) if found else ()
+        if len(shape) < (2 if name == "x" else 1):
+            raise ValueError(f"{name} has the shape {shape}")
     return shape
 
 
 def load(data: bytes) -> Table:
     """The dataset in an artifact. Raises DatasetFileError for anything else than an artifact."""
-    _shape(data, "x")
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return Table(
-            arrays["x"].astype(np.float64),
-            arrays["y"].astype(np.int64),
-            tuple(map(str, arrays["classes"])),
-            tuple(map(str, arrays["features"])),
-        )
+    with _distrusted():
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for name in ("x", "y", "classes", "features"):
+                _check_array(archive, name)
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            found = Table(
+                arrays["x"].astype(np.float64),
+                arrays["y"].astype(np.int64),
+                tuple(map(str, arrays["classes"])),
+                tuple(map(str, arrays["features"])),
+            )
+    if found.x.ndim < 2 or found.y.shape != found.x.shape[:1]:
+        raise _no_artifact(f"x has the shape {found.x.shape}, y {found.y.shape}")
+    if len(found.y) and not 0 <= int(found.y.min()) <= int(found.y.max()) < len(found.classes):
+        raise _no_artifact("y holds classes that have no name")
+    return found
+
+
+@contextlib.contextmanager
+def _distrusted() -> Iterator[None]:
+    """Whatever a zip archive or an array's header may raise, as a DatasetFileError: exports bring in artifacts that
+    others wrote."""
+    try:
+        yield
+    except DatasetFileError:
+        raise
+    except (*_DAMAGED, MemoryError) as error:
+        raise _no_artifact(f"{type(error).__name__}: {error}") from None
+
+
+def _no_artifact(why: str) -> DatasetFileError:
+    return DatasetFileError(
+        "the artifact is no dataset", f"it was not written by netassay, or is damaged ({why})", "submit its file again"
+    )

@@ -157,7 +157,7 @@ def parse(mapping: Mapping[str, Any]) -> Generator:
     """The complete generator of a mapping. Raises ValueError with one line for each field that is wrong."""
     kind = mapping.get("generator")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"there is no generator {kind!r}; try one of {', '.join(KINDS)}")
+        raise ValueError(f"there is no generator {kind!r:.80}; try one of {', '.join(KINDS)}")
     try:
         return _adapter().validate_python(dict(mapping))
     except ValidationError as error:

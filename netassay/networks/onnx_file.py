@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,9 @@ WRITTEN_OPSET, WRITTEN_IR = 13, 8
 
 #: Bytes of a file, unpacked: more than protobuf reads, so that a small archive cannot fill the memory.
 LARGEST = 2**31
+
+#: Elements of all constants that follow from others: a chain of Concat doubles at each node, a Gather repeats a row.
+LARGEST_FOLDED = 2**24
 
 #: Magic numbers of what torch.save writes: a zip archive (since PyTorch 1.6), or a bare pickle of protocol 2 to 5.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -183,8 +186,19 @@ def _parse(data: bytes) -> ModelProto:
 
 
 def _tensors(proto: ModelProto) -> list[Any]:
-    attributes = [a for node in proto.graph.node for a in node.attribute if a.HasField("t")]
-    return [*proto.graph.initializer, *(attribute.t for attribute in attributes)]
+    """Every tensor of a model, also of its functions, of graphs within nodes, and of sparse ones."""
+    return list(_within(proto))
+
+
+def _within(message: Any) -> Iterator[Any]:
+    for field, value in message.ListFields():
+        if field.type != field.TYPE_MESSAGE:
+            continue
+        for item in value if field.is_repeated else (value,):
+            if item.DESCRIPTOR.name == "TensorProto":
+                yield item
+            else:
+                yield from _within(item)
 
 
 def inner(shape: FileShape) -> tuple[int, ...]:
@@ -234,7 +248,10 @@ class _Reader:
                 "store it as an ordinary initializer",
             )
         self.constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in self.proto.initializer}
+        self.given = 8 * sum(array.size for array in self.constants.values())
         self.values: dict[str, _Value] = {}
+        self.folded = 0
+        self.taken: set[str] = set()
         self.operations: list[Operation] = []
         self.names = {info.name for info in self.proto.input} | {o for node in self.proto.node for o in node.output}
 
@@ -317,6 +334,17 @@ class _Reader:
         cast = node.op_type == "Cast" and attributes(node)["to"] != onnx.TensorProto.INT64
         if any(np.any(inputs[name] == _BATCH) and (cast or name not in moved) for name in names):
             raise unsupported(node, "computes with the batch size; only copying it into a shape is known")
+        # What is moved, picked or joined grows only by these; arithmetic broadcasts.
+        arrays = [np.asarray(inputs[name]) for name in names]
+        size = sum(array.size for array in arrays)
+        if node.op_type == "Gather":
+            axis = attributes(node).get("axis", 0)
+            size += arrays[1].size * (arrays[0].size // max(1, arrays[0].shape[axis]))
+        elif node.op_type in _ARITHMETIC:
+            size += math.prod(np.broadcast_shapes(*(array.shape for array in arrays)))
+        self.folded += size
+        if self.folded > LARGEST_FOLDED + self.given:
+            raise unsupported(node, f"makes a constant that is too large: {size:,} elements are computed with")
         empty = onnx.helper.make_empty_tensor_value_info
         graph = onnx.helper.make_graph([node], "constant", [empty(name) for name in inputs], [empty(node.output[0])])
         alone = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
@@ -364,9 +392,8 @@ class _Reader:
 
     def target(self, node: NodeProto) -> str:
         """A fresh name for a value: the node's output, or one derived from it where that is taken."""
-        taken = {operation.target for operation in self.operations}
         name, number = node.output[0], 1
-        while name in taken or (number > 1 and name in self.names):
+        while name in self.taken or (number > 1 and name in self.names):
             number += 1
             name = f"{node.output[0]}.{number}"
         return name
@@ -374,6 +401,7 @@ class _Reader:
     def emit(self, operation: Operation, shape: FileShape) -> _Value:
         _check_constants(operation)
         self.operations.append(operation)
+        self.taken.add(operation.target)
         return _Value(operation.target, shape)
 
     def linear(self, node: NodeProto, value: _Value, weight: numpy.ndarray) -> _Value:
@@ -465,9 +493,11 @@ class _Reader:
         else:
             return None
         _check_constants(merged)
-        del self.operations[-1]  # its name may be free again
+        del self.operations[-1]
+        self.taken.discard(merged.target)  # its name is free again
         merged = dataclasses.replace(merged, target=self.target(node))
         self.operations.append(merged)
+        self.taken.add(merged.target)
         return merged.target
 
     def transposed(self, node: NodeProto, value: _Value, order: Sequence[int]) -> _Value:

@@ -183,7 +183,12 @@ def reference(recipe: Recipe) -> str:
 
 
 def from_reference(text: str) -> Recipe:
-    """The recipe of a reference. Raises ValueError for another kind of reference, MissingArtifact."""
+    """The recipe of a reference. Raises ValueError for another kind of reference, MissingArtifact, InvalidInput where
+    the artifact holds no recipe: one that came from elsewhere may hold anything."""
     if not text.startswith("recipe:"):
         raise ValueError(f"{text} is not the reference of a recipe (recipe:<sha-256>)")
-    return Recipe.parse(json.loads(artifacts.current().read(text)))
+    content = artifacts.current().read(text)
+    try:
+        return Recipe.parse(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{text[:15]} holds no recipe", f"{error!s:.1000}", "submit the recipe again") from None
