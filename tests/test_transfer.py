@@ -38,6 +38,7 @@ from store_by_hand import (
 
 from netassay.job import Segment, key_of
 from netassay.store import arriving, control, dispatching, reading, running, submission, transfer
+from netassay.store.arriving import Particulars
 from netassay.store.artifacts import Artifacts
 from netassay.store.database import Database, StoreError
 from netassay.store.running import Death, Outcome, Task
@@ -133,7 +134,7 @@ def lived_in(database: Database, files: Artifacts) -> list[Segment]:
         return Outcome(task.id, "done", result=f'{{"a":"array:{array}","x":{{"float":"nan"}},"b":{number / 7!r}}}')
 
     segments = [builder(RECIPE), jobs(range(8), recipes=(RECIPE,), group="mine"), jobs(range(8), method="other.one")]
-    submission.submit(database, "first", segments, {RECIPE: "mine"}, 2.5, note="a note")
+    submission.submit(database, "first", segments, {RECIPE: "mine"}, Particulars(2.5, "a note", "ada", ("x", "y=1")))
     worker = sign_on(database, "laptop worker")
     provenance = running.provenance_id(database, "d" * 64, '{"host":"laptop"}')
     claim = take(database, worker)
@@ -418,9 +419,15 @@ FORGED: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] = 
     "an absolute path": (lambda found: {"/tmp/escaped": b"!", **found}, "which no export does"),
     "a way out under a known name": (lambda found: {"artifacts/../../escaped": b"!", **found}, "which no export does"),
     "a newer format": (
-        edit(b'"version": 1', b'"version": 2'),
+        edit(b'"version": 2', b'"version": 3'),
         "newer netassay"),
 }  # fmt: skip
+
+
+FORGED |= {
+    "a submitter who cannot be printed": (head(submitter="\x1b[2J"), "nobody can be called"),
+    "a tag of two words": (head(tags=["two words"]), "is no tag"),
+}
 
 
 def write(path: Path, found: dict[str, bytes]) -> None:
@@ -455,6 +462,18 @@ def test_a_file_that_was_tampered_with_is_refused_and_nothing_is_written(
     assert not list(shared.list())
     assert not list(tmp_path.rglob("escaped"))
     assert transfer.bring(cluster, shared, tmp_path / "same.tar").batches == 2  # it was the forgery that was refused
+
+
+def test_a_file_of_the_first_format_is_still_read(
+    exported: Path, cluster: Database, shared: Artifacts, tmp_path: Path
+) -> None:
+    found = members(exported)
+    manifest = json.loads(found["manifest.json"]) | {"version": 1}
+    for batch in manifest["batches"]:
+        del batch["submitter"], batch["tags"]
+    write(tmp_path / "first.tar", sealed(found | {"manifest.json": json.dumps(manifest).encode()}))
+    assert transfer.bring(cluster, shared, tmp_path / "first.tar").batches == 2
+    assert rows(cluster, "SELECT DISTINCT submitter, tags FROM batch") == [("", "")]
 
 
 def test_links_in_the_file_are_refused(exported: Path, cluster: Database, shared: Artifacts, tmp_path: Path) -> None:

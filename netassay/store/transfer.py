@@ -47,7 +47,7 @@ from netassay.store.control import batch_id_of
 from netassay.store.database import Database, Outage, StoreError, slices
 
 #: Raised when an older netassay could not read what is written now.
-FORMAT = 1
+FORMAT = 2
 _PAGE = 10_000
 _BLOCK = 1 << 20
 #: No job, record or segment comes near it: results are cut and arrays kept apart long before.
@@ -60,6 +60,8 @@ _ARTIFACT = re.compile(r"^artifacts/([0-9a-f]{64})$")
 _TEXTS = ("recipe:", "generator:")
 
 Progress = Callable[[float], None]
+#: Keeps the artifact of a reference; returns a file with its bytes, None where it is damaged. Raises MissingArtifact.
+Keep = Callable[[str], Path | None]
 T = TypeVar("T", bound="_Line")
 
 
@@ -121,6 +123,13 @@ class _Batch(_Line):
     size: _Whole
     submitted_at: float
     note: str
+    # Not in archives of format 1.
+    submitter: str = ""
+    tags: list[str] = []
+
+    @property
+    def particulars(self) -> arriving.Particulars:
+        return arriving.Particulars(self.weight, self.note, self.submitter, tuple(self.tags))
 
 
 class _Segment(_Line):
@@ -211,16 +220,18 @@ def export(
     path: Path,
     batches: Sequence[str] = (),
     progress: Progress = lambda share: None,
+    keep: Keep | None = None,
 ) -> Exported:
     """Write these batches (else all), their jobs, records and files to `path`, as they are at one moment.
 
+    keep: where the files go instead, each by its reference.
     The file appears when it is whole; one that was there is replaced. Memory holds a page of jobs and the digests of
     the artifacts. Raises NoSuchBatch, BadTarget, OSError.
     """
     with beside(path) as temporary:
         with open(temporary, "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as archive:
-                written = _Export(database, artifacts, archive, temporary.parent, progress).write(batches)
+                written = _Export(database, artifacts, archive, temporary.parent, progress, keep).write(batches)
             stream.flush()
             os.fsync(stream.fileno())
         size = temporary.stat().st_size
@@ -279,8 +290,16 @@ class _Export:
     """folder: where there is room for the largest table, packed."""
 
     def __init__(
-        self, database: Database, artifacts: Artifacts, archive: tarfile.TarFile, folder: Path, progress: Progress
+        self,
+        database: Database,
+        artifacts: Artifacts,
+        archive: tarfile.TarFile,
+        folder: Path,
+        progress: Progress,
+        keep: Keep | None,
     ) -> None:
+        self.keep = keep or self._pack
+        self.packs = keep is None
         self.database, self.artifacts, self.archive, self.progress = database, artifacts, archive, progress
         self.folder = folder
         self.digests: dict[str, str] = {}
@@ -313,7 +332,7 @@ class _Export:
             batches=heads,
             jobs=self.jobs,
             records=self.records,
-            artifacts=kept,
+            artifacts=kept if self.packs else 0,
             missing=missing,
             members=self.digests,
         )
@@ -425,15 +444,10 @@ class _Export:
             if digest in kept or reference in missing:
                 continue
             try:
-                path = self.artifacts.path(reference)
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                        missing.append(reference)
-                        continue
-                    size = file.tell()
-                    file.seek(0)
-                    self._add(f"artifacts/{digest}", file, size)
+                path = self.keep(reference)
             except (MissingArtifact, FileNotFoundError):
+                path = None
+            if path is None:
                 missing.append(reference)
                 continue
             kept.add(digest)
@@ -441,12 +455,23 @@ class _Export:
                 left += named(path.read_text(errors="replace"))
         return len(kept), missing
 
+    def _pack(self, reference: str) -> Path | None:
+        path, digest = self.artifacts.path(reference), reference.rpartition(":")[2]
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return None
+            size = file.tell()
+            file.seek(0)
+            self._add(f"artifacts/{digest}", file, size)
+        return path
+
 
 def _batch_rows(connection: Connection, chosen: Sequence[int]) -> Sequence[Row]:
     only = f" AND id IN ({_places(chosen)})" if chosen else ""
     return connection.execute(
         text(
-            "SELECT id, name, digest, state, reason, judged, weight, size, submitted_at, note FROM batch"
+            "SELECT id, name, digest, state, reason, judged, weight, size, submitted_at, note,"
+            " submitter, tags FROM batch"
             f" WHERE state <> 'arriving'{only} ORDER BY id"
         )
     ).all()
@@ -463,6 +488,8 @@ def _head(row: Row) -> _Batch:
         size=row.size,
         submitted_at=row.submitted_at,
         note=row.note,
+        submitter=row.submitter,
+        tags=row.tags.split(),
     )
 
 
@@ -576,6 +603,12 @@ def bring(
     )
 
 
+def contents(path: Path) -> dict[str, str]:
+    """Name -> digest of the batches in what `export` wrote. Raises NotAnExport."""
+    with _opened(path) as archive:
+        return {head.name: head.digest for head in archive.manifest.batches}
+
+
 @dataclass
 class _Counts:
     batches: int = 0
@@ -626,8 +659,8 @@ def _worker_id(database: Database, line: _Worker) -> int:
             return there
         return connection.execute(
             text(
-                "INSERT INTO worker (name, host, pid, slots, state, started_at)"
-                " VALUES (:name, :host, :pid, :slots, 'stopped', :started_at) RETURNING id"
+                "INSERT INTO worker (name, host, pid, slots, schema, state, started_at)"
+                " VALUES (:name, :host, :pid, :slots, '', 'stopped', :started_at) RETURNING id"
             ),
             values,
         ).scalar_one()
@@ -652,7 +685,7 @@ class _Arriving:
         database, head = self.database, self.archive.manifest.batches[self.number - 1]
         segments = self._read()
         names = {line.reference: line.name for line in self.archive.of_batch(self.number, "names", _Name)}
-        batch_id = arriving.begin(database, self.name, bytes.fromhex(head.digest), head.size, head.weight, head.note)
+        batch_id = arriving.begin(database, self.name, bytes.fromhex(head.digest), head.size, head.particulars)
         opened = False
         try:
             arrival = arriving.Arrival(database, segments, lambda share: self.progress(share / 2), batch_id, 0, names)
@@ -885,7 +918,8 @@ class _Archive:
             raise self._wrong("its manifest makes no sense (it is no mapping)") from None
         for head in manifest.batches:
             try:
-                arriving.check(head.name, head.weight, head.note)
+                arriving.check_name(head.name)
+                head.particulars.check()
             except StoreError as error:
                 raise self._wrong(str(error)) from None
         return manifest
