@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -53,7 +53,13 @@ class Settings(BaseSettings):
     lost_after: float = Field(
         default=10.0, gt=0, description="seconds without a sign of life after which a worker is lost"
     )
+    grace: float = Field(
+        default=5.0, ge=0, description="seconds that running jobs may still take after a worker was told to end"
+    )
+    submitter: str = Field(default="", description="whose batches those are that are submitted; empty: the user's")
     memory: int = Field(default=0, ge=0, description="bytes all slots of a worker may use; 0: 0.8 x the host's")
+    monitor: str = Field(default="", description="host:port at which the monitor listens; empty: on loopback")
+    logs: Literal["text", "json"] = Field(default="text", description="how services write their logs")
 
     @property
     def root(self) -> Path:

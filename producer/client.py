@@ -18,7 +18,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +242,7 @@ def submit(
     fresh: bool = False,
     weight: float = 1.0,
     note: str = "",
+    tags: Sequence[str] = (),
     skip_invalid: bool = False,
     settings: Settings | None = None,
 ) -> Batch:
@@ -249,8 +250,8 @@ def submit(
 
     what: a path or quoted glob, or several; a sweep as a mapping; or rows of params (a list of mappings, a Polars or
     pandas frame; empty cells take the default) with `method=`. name: else the sweep's own, else the file's. append:
-    add to the batch of this name. fresh: compute again what is known already. skip_invalid: leave invalid rows out,
-    with a warning, instead of refusing all.
+    add to the batch of this name. fresh: compute again what is known already. tags: words to find the batch by.
+    skip_invalid: leave invalid rows out, with a warning, instead of refusing all.
 
     Raises BadSweep (its `errors` have `row`, `field` and `message`), CannotSubmit, NameTaken, ChangedFile; nothing is
     stored then.
@@ -259,7 +260,16 @@ def submit(
 
     config = _config(settings)
     prepared, outcome = submission.submit(
-        what, config, name or None, weight, skip_invalid, method=method, note=note, append=append, fresh=fresh
+        what,
+        config,
+        name or None,
+        weight,
+        skip_invalid,
+        method=method,
+        note=note,
+        tags=tags,
+        append=append,
+        fresh=fresh,
     )
     if prepared.refused:
         told = "".join(f"\n  {error}" for error in prepared.errors[:_SHOWN])
@@ -384,14 +394,16 @@ def run(
         return found.run(submission.parameters(found, {**(params or {}), **fields}))
 
 
-def up(slots: int = 0, *, flower: bool = True, settings: Settings | None = None) -> dict[str, Any]:
+def up(
+    slots: int = 0, *, flower: bool = True, monitor: bool = True, settings: Settings | None = None
+) -> dict[str, Any]:
     """Start the lab of the home folder in the background. Returns what it says of itself.
 
     slots: compute children; 0: one a core. It outlives this process: see `down`. Raises LabError.
     """
     from producer import lab
 
-    return lab.up(_config(settings), slots, flower)
+    return lab.up(_config(settings), slots, flower, monitor)
 
 
 def down(*, settings: Settings | None = None) -> bool:

@@ -13,23 +13,32 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
 
-from netassay import faults, logs
+from netassay import disk, faults, logs
 from netassay.errors import NoAnswer, UserError
 from netassay.settings import Settings, settings
 from netassay.store import arriving, dispatching
 from netassay.store.database import PATIENCE, Database, Outage
 from producer import lab
+from producer.turns import LEAST_SECONDS, Turns
 
 log = structlog.get_logger("netassay.dispatch")
 
 #: Most published chunks a slot. Fewer where they are long: what waits in Redis is what a newcomer waits for.
 CHUNKS_A_SLOT = 2
+#: Predicted work in Redis a slot, beside one chunk a slot, that is enough. Chunks are whole jobs, so nearly all are a
+#: little shorter than `CHUNK_SECONDS`: if that were the mark, they would always miss it by a hair, and one more wait.
+WAITING_SECONDS = 0.955 * dispatching.CHUNK_SECONDS
+#: Most chunks published in one transaction, which keeps all workers waiting: some tenths of a second. With hundreds of
+#: slots an empty Redis takes several passes to fill.
+PASS_CHUNKS = 50
+#: What a batch is given in one turn, at least.
+TURN_SECONDS = dispatching.CHUNK_SECONDS / 2
 #: A message overtaken by a later one for so long is lost. A worker claims within milliseconds of its pop.
 OVERTAKEN_SECONDS = 3.0
 #: So long after publication, with nothing left in the Redis list, an unclaimed chunk's message is lost.
@@ -38,6 +47,9 @@ UNCLAIMED_SECONDS = 5.0
 RENEWAL_SECONDS = 2.0
 #: Between passes while there is work, and while there is none.
 BUSY_PAUSE, IDLE_PAUSE = 0.02, 0.2
+#: Where it costs nothing to ask whether the store has changed, that is asked so often while nothing was to be done, and
+#: without a change the next pass comes after so long: less work, and a new batch is seen sooner.
+LOOK_PAUSE, UNCHANGED_PAUSE = 0.05, 0.5
 #: What reads a whole batch, or all that wait for their networks, is done at most once in so many times as it takes.
 SCAN_FACTOR = 10.0
 #: After Redis or the store did not answer.
@@ -46,6 +58,8 @@ OUTAGE_PAUSE = 1.0
 HOUSEKEEPING_SECONDS = 1.0
 #: Leftovers of submissions that died are looked for so often.
 TIDYING_SECONDS = 600.0
+#: A batch that no alive worker can go on with pauses after so long: the one that could may just be restarting.
+UNFIT_SECONDS = 15.0
 
 
 class Broker(Protocol):
@@ -139,7 +153,12 @@ class Dispatcher:
     _workers: dict[int, Sighting] = field(default_factory=dict)
     _overtaken: dict[tuple[int, int], float] = field(default_factory=dict)
     _unclaimed: dict[tuple[int, int], float] = field(default_factory=dict)
-    _served: dict[int, float] = field(default_factory=dict)
+    _turns: Turns[str] = field(default_factory=Turns)
+    """of submitters"""
+    _within: dict[str, Turns[int]] = field(default_factory=dict)
+    """submitter -> turns of that one's batches"""
+    _unfit: dict[int, float] = field(default_factory=dict)
+    _short: bool = False
     _looked: float = -1.0
     _tidied: float = -math.inf
     _keep_house_again: float = -math.inf
@@ -148,20 +167,24 @@ class Dispatcher:
     def one_pass(self) -> bool:
         """Look once and do what is due. True if anything was published or taken back (so another pass may be worth it).
 
-        Raises BrokerDown, Outage: nothing is lost by either, try again.
+        Raises BrokerDown, Outage: nothing is lost by either, try again. Raises StoreError where the store was upgraded
+        past this program.
         """
         now = self.clock()
         with self.database.read() as connection:
+            self.database.check_schema(connection)
             workers = dispatching.alive_workers(connection)
             pending = dispatching.backlog(connection)
+            offered = dispatching.offer(connection, workers)
+            known = dispatching.incarnation(connection)
         changed = False
         if faults.guarded("reconciler"):
             changed = self._lost_workers(workers, now)
             self._looked = now = self.clock()
-            changed = self._lost_messages(workers, pending, now) or changed
+            changed = self._lost_messages(workers, pending, known, now) or changed
         if now >= self._keep_house_again:
             began = self.clock()
-            self._keep_house()
+            self._keep_house(offered)
             self._keep_house_again = now + max(HOUSEKEEPING_SECONDS, SCAN_FACTOR * (self.clock() - began))
         if now >= self._settle_again:
             began = self.clock()
@@ -170,7 +193,9 @@ class Dispatcher:
             # It reads all that waits: with 100,000 networks that must not be all this loop does.
             self._settle_again = began + SCAN_FACTOR * took
         slots = sum(worker.slots for worker in workers)
-        return self._publish(max(1, slots)) or changed
+        if self._short_of_disk():
+            return changed
+        return self._publish(max(1, slots), offered) or changed
 
     def _lost_workers(self, workers: list[dispatching.WorkerSeen], now: float) -> bool:
         """Take back what workers hold whose counter stood still while we looked.
@@ -197,17 +222,21 @@ class Dispatcher:
             if seen.still > self.lost_after:
                 chunks = dispatching.reclaim(self.database, worker.id, worker.counter)
                 if chunks is not None:
+                    faults.reach("dispatch.reclaimed")
                     log.warning("worker_lost", worker=worker.name, chunks=chunks)
                     changed = True
         return changed
 
-    def _lost_messages(self, workers: list[dispatching.WorkerSeen], pending: dispatching.Backlog, now: float) -> bool:
-        with self.database.read() as connection:
-            known = dispatching.incarnation(connection)
+    def _lost_messages(
+        self, workers: list[dispatching.WorkerSeen], pending: dispatching.Backlog, known: int, now: float
+    ) -> bool:
         remembered = self.broker.remembered()
         if remembered is None or remembered != known:
             with self.database.write() as connection:
+                if dispatching.incarnation(connection) != known:
+                    return True  # another dispatcher was faster
                 fresh = dispatching.new_incarnation(connection)
+            faults.reach("dispatch.forgotten")
             self.broker.remember(fresh)
             if known:
                 log.warning("redis_forgot", published=len(pending.published))
@@ -223,10 +252,20 @@ class Dispatcher:
         if lost:
             with self.database.write() as connection:
                 dispatching.unpublish(connection, lost)
+            faults.reach("dispatch.unpublished")
             log.warning("messages_lost", chunks=lost)
         return bool(lost)
 
-    def _keep_house(self) -> None:
+    def _short_of_disk(self) -> bool:
+        """Whether the store's disk, if it is this host's, is so full that more work would only fill it up."""
+        folder = self.database.folder
+        short = folder is not None and disk.is_short(folder)
+        if short != self._short:
+            self._short = short
+            log.warning("disk_short" if short else "disk_has_room_again", folder=str(folder))
+        return short
+
+    def _keep_house(self, offered: dispatching.Offer) -> None:
         with self.database.read() as connection:
             blocked = dispatching.blocked(connection)
         if blocked:
@@ -235,35 +274,53 @@ class Dispatcher:
         for said in dispatching.pause_hopeless(self.database):
             log.warning("batch_paused", why=said)
         dispatching.finish_batches(self.database)
+        self._pause_unfit(offered)
         if self._looked - self._tidied >= TIDYING_SECONDS:
             self._tidied = self._looked
             arriving.discard_abandoned(self.database)
 
-    def _publish(self, slots: int) -> bool:
-        """Fill Redis up, batch by batch: the next chunk is of the batch that has had least for its weight."""
+    def _pause_unfit(self, offered: dispatching.Offer) -> None:
+        """Pause batches that nobody could go on with for a while: a person has to do something."""
+        with self.database.read() as connection:
+            found = dispatching.unfit(connection, offered)
+        self._unfit = {batch: self._unfit.get(batch, self._looked) for batch in found}
+        ripe = [batch for batch, since in self._unfit.items() if self._looked - since >= UNFIT_SECONDS]
+        if ripe:
+            for said in dispatching.pause_unfit(self.database, offered, ripe):
+                log.warning("batch_paused", why=said)
+
+    def _publish(self, slots: int, offered: dispatching.Offer) -> bool:
+        """Fill Redis up, batch by batch: the next chunk is of the submitter who has had least for their share, and of
+        that one's batches of the one that has had least for its weight."""
         with self.database.read() as connection:
             if self._full(dispatching.waiting(connection), slots):
                 return False
-            batches = dispatching.open_batches(connection)
+            batches = dispatching.open_batches(connection, offered)
         if not batches:
-            self._served.clear()
+            self._turns, self._within = Turns(), {}
             return False
         messages: list[dispatching.Message] = []
         with self.database.write() as connection:
-            # A newcomer starts level with the least served, not with a claim on all the time before it came.
-            floor = min((self._served[b.id] for b in batches if b.id in self._served), default=0.0)
-            self._served = {b.id: max(self._served.get(b.id, floor), floor) for b in batches}
+            left = self._take_places(batches)
             # Counted again under the lock: another dispatcher may have filled it up.
             there = dispatching.waiting(connection)
-            while batches and not self._full(there, slots):
-                batch = min(batches, key=lambda b: (self._served[b.id], b.id))
-                message = dispatching.publish_next(connection, batch, slots)
-                if message is None:
-                    batches.remove(batch)
-                    continue
-                self._served[batch.id] += max(message.seconds, 1e-3) / batch.weight
-                messages.append(message)
-                there = dispatching.Waiting(there.chunks + 1, there.seconds + message.seconds)
+            while left and len(messages) < PASS_CHUNKS and not self._full(there, slots):
+                submitter = self._turns.next(dict.fromkeys(batch.submitter for batch in left.values()))
+                within = self._within[submitter]
+                batch = left[within.next(one.id for one in left.values() if one.submitter == submitter)]
+                turn = 0.0
+                # A turn is not over with the first job of a segment, which goes alone.
+                while turn < TURN_SECONDS and len(messages) < PASS_CHUNKS and not self._full(there, slots):
+                    message = dispatching.publish_next(connection, batch, slots, offered)
+                    if message is None:
+                        del left[batch.id]
+                        break
+                    turn += max(message.seconds, LEAST_SECONDS)
+                    messages.append(message)
+                    there = dispatching.Waiting(there.chunks + 1, there.seconds + message.seconds)
+                if turn:
+                    within.took(batch.id, turn)
+                    self._turns.took(submitter, turn)
         faults.reach("dispatch.marked")
         try:
             if messages:
@@ -275,23 +332,46 @@ class Dispatcher:
         faults.reach("dispatch.sent")
         return bool(messages)
 
+    def _take_places(self, batches: Sequence[dispatching.OpenBatch]) -> dict[int, dispatching.OpenBatch]:
+        """Note who has something to publish. Returns the batches by their id."""
+        self._turns.present({batch.submitter: batch.share for batch in batches})
+        of: dict[str, dict[int, float]] = {}
+        for batch in batches:
+            of.setdefault(batch.submitter, {})[batch.id] = batch.weight
+        self._within = {submitter: self._within.get(submitter, Turns()) for submitter in of}
+        for submitter, weights in of.items():
+            self._within[submitter].present(weights)
+        return {batch.id: batch for batch in batches}
+
     @staticmethod
     def _full(there: dispatching.Waiting, slots: int) -> bool:
         """Whether Redis holds enough: a chunk a slot, or two where they are short."""
-        enough = there.chunks >= slots and there.seconds >= dispatching.CHUNK_SECONDS * slots
+        enough = there.chunks >= slots and there.seconds >= WAITING_SECONDS * slots
         return enough or there.chunks >= CHUNKS_A_SLOT * slots
 
 
 def serve(config: Settings, stop: threading.Event) -> None:
-    """Dispatch until `stop` is set; outages of Redis or the store are waited out."""
+    """Dispatch until `stop` is set; outages of Redis or the store are waited out.
+
+    Raises StoreError where the store is of a newer program.
+    """
     database = Database(config.store_url)
     database.prepare()
     broker = CeleryBroker(config.broker, database.persist(PATIENCE, lambda: dispatching.key_prefix(database)))
     dispatcher = Dispatcher(database, broker, lost_after=config.lost_after)
+    changed = database.watch()
     pause = IDLE_PAUSE
     while not stop.wait(pause):
         try:
-            pause = BUSY_PAUSE if dispatcher.one_pass() else min(IDLE_PAUSE, 2 * pause)
+            if changed is not None:
+                changed()  # what was written up to here is seen by this pass
+            if dispatcher.one_pass():
+                pause = BUSY_PAUSE
+            elif changed is None:
+                pause = min(IDLE_PAUSE, 2 * pause)
+            else:
+                _until_changed(stop, changed)
+                pause = 0.0
         except BrokerDown as error:
             log.warning("broker_out", error=str(error)[:200])
             pause = OUTAGE_PAUSE
@@ -300,13 +380,21 @@ def serve(config: Settings, stop: threading.Event) -> None:
             pause = OUTAGE_PAUSE
 
 
+def _until_changed(stop: threading.Event, changed: Callable[[], bool]) -> None:
+    """Wait for a change of the store, for the next pass that is due without one, or for the end."""
+    end = time.monotonic() + UNCHANGED_PAUSE
+    while not changed() and time.monotonic() < end:
+        if stop.wait(LOOK_PAUSE):
+            return
+
+
 def main() -> int:
     """`python -m producer.dispatch`: the dispatcher as a process of its own."""
     config = settings()
+    logs.configure("dispatcher")
     if not config.broker:
-        print("NETASSAY_BROKER is not set; start an embedded lab with: netassay up", file=sys.stderr)
+        logs.complain("NETASSAY_BROKER is not set; start an embedded lab with: netassay up")
         return 2
-    logs.configure()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -315,7 +403,7 @@ def main() -> int:
             lab.reach_broker(config.broker).close()
         serve(config, stop)
     except UserError as error:
-        print(f"the dispatcher cannot start: {error}", file=sys.stderr, flush=True)
+        logs.complain(f"the dispatcher cannot start: {error}")
         return 1
     return 0
 

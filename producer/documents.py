@@ -21,6 +21,8 @@ from producer.tables import Source, Table
 
 #: Errors that a message shows and that are kept; beyond, they are counted only (a million rows can be wrong).
 SHOWN, KEPT = 20, 1000
+#: Characters of one of them that are shown: it may quote what it refuses.
+LONGEST_MESSAGE = 2_000
 #: The most points that the axes of one entry may make.
 MOST_ROWS = 10_000_000
 #: The largest limit of memory: databases keep it as a whole number of 64 bits. A multiple of 1024, so that it is the
@@ -101,7 +103,8 @@ class RowError:
 
     def __str__(self) -> str:
         others = f" (so in {self.rows:,} rows)" if self.rows > 1 else ""
-        return f"{self.where}: {f'{self.field} ' if self.field else ''}{self.message}{others}"
+        long = self.message[LONGEST_MESSAGE:] and "..."
+        return f"{self.where}: {f'{self.field} ' if self.field else ''}{self.message[:LONGEST_MESSAGE]}{long}{others}"
 
 
 class BadSweep(UserError, ValueError):
@@ -279,7 +282,13 @@ def _table(rows: Any, base: Path, wrong: Callable[[str, str], None]) -> Table | 
         wrong("rows", f"is {wording.short(rows)}, must be the path of a file of rows, or a list of them")
         return None
     try:
-        return tables.read_rows(Source(base / Path(rows).expanduser(), rows))
+        path = base / Path(rows).expanduser()
+        if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+            raise Unreadable("is no regular file; give a file of rows")
+        return tables.read_rows(Source(path, rows))
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of nobody
+        wrong("rows", f"{wording.short(rows)}: cannot be read: {error}")
+        return None
     except Unreadable as error:
         wrong("rows", f"{rows}{f', line {error.line:,}' if error.line else ''}: {error}")
         return None

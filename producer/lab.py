@@ -1,6 +1,6 @@
-"""The lab of a host: one supervisor process that keeps a worker, the dispatcher and Flower running, and a private Redis
-where no broker is set. On a host of a cluster (NETASSAY_BROKER, NETASSAY_STORE, NETASSAY_ARTIFACTS) it adds a worker to
-the others; a second dispatcher does no harm.
+"""The lab of a host: one supervisor process that keeps a worker, the dispatcher, the monitor and Flower running, and a
+private Redis where no broker is set. On a host of a cluster (NETASSAY_BROKER, NETASSAY_STORE, NETASSAY_ARTIFACTS) it
+adds a worker to the others; a second dispatcher does no harm.
 
 The supervisor holds `<home>/lab.lock` as long as it lives; `<home>/lab.json` says where things are. A service that dies
 is started again, after a pause that doubles each time it dies young. Every service ends when the supervisor does.
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import psutil
 
@@ -40,8 +40,8 @@ SOCKET_PATH_BYTES = 107
 #: A service that lived so long is not failing at its start.
 SETTLED_SECONDS = 10.0
 LONGEST_PAUSE = 30.0
-#: What a service may take to end by itself: the worker's grace for running jobs, and some.
-END_SECONDS = 15.0
+#: What a service may take to end by itself, the worker beside its grace for running jobs.
+END_SECONDS = 10.0
 #: What all services may take to answer after a start on a busy machine.
 READY_SECONDS = 90.0
 #: What a broker or a store may take to answer whether it is there.
@@ -52,10 +52,13 @@ LOG_BYTES = 10_000_000
 LOG_SECONDS = 5.0
 #: Whoever looks whether the lock is held holds it for an instant; a lab that starts waits for that.
 LOCK_SECONDS = 1.0
-
+#: Where a monitor in the foreground listens when it is not told.
+MONITOR_ADDRESS = "127.0.0.1:5556"
 
 #: Without the folder one stands in on the path: a `worker.py` lying there must not be taken for ours.
 PYTHON = (sys.executable, "-P")
+#: Of the standard library alone, so without a look at what is installed.
+_TETHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("tether.py")))
 _CELERY = (*PYTHON, "-m", "celery", "--app", "worker.app", "--quiet")
 
 
@@ -84,10 +87,7 @@ def redis_binary() -> str:
 
 def worker_command(slots: int) -> list[str]:
     """The worker of this host, as a foreground process that takes its settings from the environment."""
-    return [
-        *_CELERY, "worker", "--pool", "threads", "--concurrency", str(slots), "--without-gossip", "--without-mingle",
-        "--loglevel", "WARNING", "--hostname", f"worker-{os.getpid()}@%h", "--queues", "netassay",
-    ]  # fmt: skip
+    return [*PYTHON, "-m", "worker", f"worker-{os.getpid()}", str(slots)]
 
 
 def dispatcher_command() -> list[str]:
@@ -103,6 +103,11 @@ def flower_command(port: int, address: str = "127.0.0.1") -> list[str]:
 def on_cluster(config: Settings) -> bool:
     """Whether the settings name a broker or a store that other hosts may use as well."""
     return bool(config.broker) or not config.store_url.startswith("sqlite")
+
+
+def monitor_command(address: str) -> list[str]:
+    """The monitor at this address (host:port), as a foreground process that takes its settings from the environment."""
+    return [*PYTHON, "-m", "producer.monitor", address]
 
 
 def broker_of(config: Settings) -> str:
@@ -219,6 +224,8 @@ class Service:
     command: Sequence[str]
     environment: Mapping[str, str]
     log: Path
+    relayed: bool = False
+    """whether its output goes through us, line by line, so that all of it is JSON"""
     process: subprocess.Popen | None = None
     started: float = 0.0
     pause: float = 0.5
@@ -226,17 +233,19 @@ class Service:
     restarts: int = 0
 
     def start(self) -> None:
-        command = [*PYTHON, "-m", "producer.tether", str(os.getpid()), *self.command]
+        command = [*_TETHER, str(os.getpid()), *self.command]
         with open(self.log, "ab") as log:
             # Celery imports from the folder it runs in: its logs' folder, not wherever the user happened to stand.
             self.process = subprocess.Popen(
                 command,
                 env=dict(self.environment),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=subprocess.PIPE if self.relayed else log,
+                stderr=subprocess.STDOUT,
                 cwd=self.log.parent,
             )
+        if self.process.stdout is not None:
+            threading.Thread(target=relay, args=(self.process.stdout, self.log, self.name), daemon=True).start()
         self.started = time.monotonic()
 
     def tend(self) -> None:
@@ -247,20 +256,22 @@ class Service:
         if not self.due:
             self.pause = 0.5 if now - self.started > SETTLED_SECONDS else min(2 * self.pause, LONGEST_PAUSE)
             self.due = now + self.pause
-            print(
-                f"{self.name} ended with {self.process.returncode}; starting it again in {self.pause:.1f} s", flush=True
-            )
+            _tell("service_ended", service=self.name, code=self.process.returncode, started_again_in=self.pause)
         elif now >= self.due:
             self.due = 0.0
             self.restarts += 1
             self.start()
 
-    def end(self) -> None:
-        if self.process is None or self.process.poll() is not None:
+    def ask_to_end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def await_end(self, seconds: float) -> None:
+        """Wait until it has ended, as it was asked to; kill it where it takes longer than so many seconds."""
+        if self.process is None:
             return
-        self.process.terminate()
         try:
-            self.process.wait(END_SECONDS)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -273,16 +284,20 @@ class Lab:
     config: Settings
     slots: int
     flower: bool = True
+    monitor: bool = True
     services: list[Service] = field(default_factory=list)
     stopping: bool = False
 
     def serve(self) -> int:
         """Hold the lock, keep the services running until SIGTERM."""
+        from netassay import logs
+
+        logs.configure("lab")
         place = Place(self.config.root)
         place.logs.mkdir(parents=True, exist_ok=True)
         lock = take_lock(place.lock)
         if lock is None:
-            print("a lab runs here already", file=sys.stderr)
+            logs.complain("a lab runs here already")
             return 3
         with lock:
             place.description.unlink(missing_ok=True)  # of one that was killed: its numbers may be others' by now
@@ -291,11 +306,10 @@ class Lab:
             try:
                 self._run(place)
             except LabError as error:
-                print(error, file=sys.stderr)
+                logs.complain(str(error))
                 return 1
             finally:
-                for service in reversed(self.services):  # the worker first: it still needs Redis
-                    service.end()
+                self._end()
                 place.description.unlink(missing_ok=True)
                 shutil.rmtree(place.runtime, ignore_errors=True)
                 place.lock.unlink(missing_ok=True)
@@ -311,13 +325,19 @@ class Lab:
         if self.flower:
             port = _free_port()
             services["flower"] = flower_command(port)
+        monitor = ""
+        if self.monitor:
+            monitor = self.config.monitor or f"127.0.0.1:{_free_port()}"
+            services["monitor"] = monitor_command(monitor)
         services["worker"] = worker_command(self.slots)
         for name, command in services.items():
-            self.services.append(Service(name, command, environment, place.logs / f"{name}.log"))
+            log = place.logs / f"{name}.log"
+            self.services.append(Service(name, command, environment, log, relayed=self.config.logs == "json"))
         for service in self.services:
             if service.process is None:
                 service.start()
-        self._describe(place, broker, port)
+        self._describe(place, broker, port, monitor)
+        described = True
         look_at_logs = time.monotonic() + LOG_SECONDS
         while not self.stopping:
             time.sleep(0.1)
@@ -328,8 +348,21 @@ class Lab:
             self._heal_socket(place)
             for service in self.services:
                 service.tend()
-            if before != [service.process for service in self.services]:
-                self._describe(place, broker, port)
+            if not described or before != [service.process for service in self.services]:
+                try:
+                    self._describe(place, broker, port, monitor)
+                    described = True
+                except OSError:  # a full disk must not end the lab: it says so when there is room again
+                    described = False
+
+    def _end(self) -> None:
+        """End all services: at once, but for Redis, which the others still need."""
+        for last in (False, True):
+            ending = [service for service in self.services if (service.name == "redis") is last]
+            for service in ending:
+                service.ask_to_end()
+            for service in ending:
+                service.await_end(END_SECONDS + self.config.grace)
 
     def _heal_socket(self, place: Place) -> None:
         """A Redis whose socket somebody swept away runs on and hears nobody: let it be started again."""
@@ -337,11 +370,12 @@ class Lab:
         if redis is None or redis.process is None or time.monotonic() - redis.started < SETTLED_SECONDS:
             return
         if redis.process.poll() is None and not (place.runtime / "redis.sock").exists():
-            print("the socket of redis is gone; starting it again", flush=True)
+            _tell("socket_gone", service="redis", started_again_in=redis.pause)
             place.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-            redis.end()
+            redis.ask_to_end()
+            redis.await_end(END_SECONDS)
 
-    def _describe(self, place: Place, broker: str, port: int) -> None:
+    def _describe(self, place: Place, broker: str, port: int, monitor: str) -> None:
         about = {
             "pid": os.getpid(),
             "broker": masked(broker),
@@ -349,6 +383,7 @@ class Lab:
             "artifacts": masked(self.config.artifacts_url),
             "slots": self.slots,
             "flower": f"http://127.0.0.1:{port}" if port else "",
+            "monitor": f"http://{monitor}" if monitor else "",
             "services": {service.name: service.process.pid for service in self.services if service.process},
             "restarts": {service.name: service.restarts for service in self.services if service.restarts},
         }
@@ -374,13 +409,42 @@ class Lab:
         command = [
             redis_binary(), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--dir", str(data),
             "--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction",
-            "--daemonize", "no", "--logfile", "",
+            "--proto-max-bulk-len", "1mb", "--daemonize", "no", "--logfile", "",
         ]  # fmt: skip
-        service = Service("redis", command, os.environ, place.logs / "redis.log")
+        relayed = self.config.logs == "json"
+        service = Service("redis", command, os.environ, place.logs / "redis.log", relayed=relayed)
         service.start()
         self.services.append(service)
         _await(path.exists, 20.0, lambda: f"Redis did not start; see {service.log}")
         return f"redis+socket://{path}"
+
+
+def _tell(event: str, **about: Any) -> None:
+    """An event in the supervisor's own log."""
+    import structlog  # here: most who import this module start a verb, and log nothing
+
+    structlog.get_logger("netassay.lab").warning(event, **about)
+
+
+def relay(output: IO[bytes], log: Path, name: str) -> None:
+    """Write what a service says to its log until it ends: lines of JSON as they are, others as events.
+
+    What a full disk takes no more is dropped: a service must not wait for its log.
+    """
+    from netassay import logs
+
+    with output, open(log, "ab", buffering=0) as file:
+        while raw := output.readline(1 << 20):
+            said = raw.strip()
+            if not said:
+                continue
+            try:
+                whole = isinstance(json.loads(said), dict)
+            except ValueError:
+                whole = False
+            told = said + b"\n" if whole else logs.line(name, said.decode(errors="replace")).encode()
+            with contextlib.suppress(OSError):
+                file.write(told)
 
 
 def bound_logs(folder: Path) -> None:
@@ -428,6 +492,9 @@ def environment_of(config: Settings) -> dict[str, str]:
         "NETASSAY_SLOTS": str(config.slots),
         "NETASSAY_LOST_AFTER": str(config.lost_after),
         "NETASSAY_MEMORY": str(config.memory),
+        "NETASSAY_GRACE": str(config.grace),
+        "NETASSAY_MONITOR": config.monitor,
+        "NETASSAY_LOGS": config.logs,
     }
 
 
@@ -493,7 +560,7 @@ def _prepare(database: Database) -> None:
     within(seconds, database.prepare, f"the store {database} does not answer within {seconds:.0f} s; see that it runs")
 
 
-def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
+def up(config: Settings, slots: int = 0, flower: bool = True, monitor: bool = True) -> dict[str, Any]:
     """Start the lab in the background and wait until its worker has signed on. Returns its description, in which no
     address holds a password.
 
@@ -509,15 +576,17 @@ def up(config: Settings, slots: int = 0, flower: bool = True) -> dict[str, Any]:
         redis_binary()
     with records_of(config) as database:
         _prepare(database)
-        return _start(config, place, database, slots or config.slots or cores(), flower)
+        return _start(config, place, database, slots or config.slots or cores(), flower, monitor)
 
 
-def _start(config: Settings, place: Place, database: Database, slots: int, flower: bool) -> dict[str, Any]:
+def _start(
+    config: Settings, place: Place, database: Database, slots: int, flower: bool, monitor: bool
+) -> dict[str, Any]:
     from netassay.store import reading
 
     place.logs.mkdir(parents=True, exist_ok=True)
     before = {worker.id for worker in reading.workers(database)}
-    command = [*PYTHON, "-m", "producer.lab", str(slots), "1" if flower else "0"]
+    command = [*PYTHON, "-m", "producer.lab", str(slots), str(int(flower)), str(int(monitor))]
     with open(place.logs / "lab.log", "ab") as log:
         supervisor = subprocess.Popen(
             command,
@@ -575,7 +644,7 @@ def down(config: Settings) -> bool:
     pid = int(described["pid"])
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    waiting = 5 * END_SECONDS  # four services, one after another, at their worst
+    waiting = 6 * END_SECONDS + config.grace  # five services that have to be killed, and some
     _await(lambda: not _runs(pid), waiting, lambda: f"the lab (process {pid}) does not end; kill -9 {pid}")
     return True
 
@@ -588,9 +657,9 @@ def _runs(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def running(config: Settings, slots: int = 0, flower: bool = False) -> Iterator[dict[str, Any]]:
+def running(config: Settings, slots: int = 0, flower: bool = False, monitor: bool = False) -> Iterator[dict[str, Any]]:
     """A lab for the time of the block."""
-    described = up(config, slots, flower)
+    described = up(config, slots, flower, monitor)
     try:
         yield described
     finally:
@@ -598,4 +667,5 @@ def running(config: Settings, slots: int = 0, flower: bool = False) -> Iterator[
 
 
 if __name__ == "__main__":
-    sys.exit(Lab(settings(), slots=int(sys.argv[1]), flower=sys.argv[2] == "1").serve())
+    _slots, _flower, _monitor = map(int, sys.argv[1:])
+    sys.exit(Lab(settings(), _slots, bool(_flower), bool(_monitor)).serve())

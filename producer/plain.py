@@ -65,7 +65,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, Any] = {}
-        for name, _ in node.value:
+        # Of a list or text under the tag !!map, what is to be refused is told below.
+        for name, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if name.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(name, deep=True)
@@ -99,7 +100,16 @@ def load_yaml(text: str | bytes) -> Loaded:
         raise Unreadable(wrong, *((mark.line + 1, mark.column + 1) if mark else ())) from None
     except Unreadable:
         raise
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        # What PyYAML's own constructors raise where a tag and its text do not fit: !!bool maybe, !!timestamp x.
         if "integer string conversion" in str(error):
             raise Unreadable("a number of more than 4,300 digits is more than can be read") from None
         raise Unreadable(f"is not YAML: {' '.join(str(error).split())}") from None

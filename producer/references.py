@@ -168,9 +168,18 @@ class Resolver:
 
     def _path(self, value: str) -> Path:
         """Of a file that is there only packed, the packed one: the competition's lists name files as unpacked."""
+        path = self._from_base(value)
+        packed = path.parent / f"{path.name}.gz"
+        return packed if not path.exists() and _is_file(packed) else path
+
+    def _from_base(self, value: str) -> Path:
+        """Raises ValueError where the system knows no such name: it is too long, say."""
         path = self.base / os.path.expanduser(value)
-        packed = path.with_name(f"{path.name}.gz")
-        return packed if not path.exists() and packed.is_file() else path
+        try:
+            path.exists()
+        except OSError as error:
+            raise ValueError(f"{value[:60]!r}... cannot be a file: {error.strerror}") from None
+        return path
 
     def _file(self, value: str, wanted: ReferenceTo, name: str) -> str:
         path = self._path(value)
@@ -278,7 +287,7 @@ class Resolver:
                 f"is {wording.short(value)}, must be the name of a dataset, the path of an .npz, .csv or .parquet "
                 "file, {file: path, ...} or {generator: kind, ...}"
             )
-        path = self.base / os.path.expanduser(options.file)
+        path = self._from_base(options.file)
         if not path.is_file():
             kind = "is a folder" if path.is_dir() else "no such file"
             near = wording.nearest(options.file, [*self.datasets, *data.names()])
@@ -332,6 +341,13 @@ def _content(reference: str, path: Path, options: files.File | None) -> bytes:
     from netassay.networks import onnx_file
 
     return onnx_file.from_file(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long once `.gz` stands behind it
+        return False
 
 
 def _digest(data: bytes) -> str:

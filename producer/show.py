@@ -73,6 +73,8 @@ def batch_table(batches: Iterable[Progress]) -> Table:
                 "state": state,
                 "weight": weight,
                 "submitted": when,
+                "by": cell(batch.submitter) if len({one.submitter for one in batches}) > 1 else "",
+                "tags": " ".join(batch.tags),
                 "note": cell(batch.note),
             }
         )

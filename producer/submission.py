@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -76,6 +77,7 @@ def submit(
     *,
     method: str = "",
     note: str = "",
+    tags: Sequence[str] = (),
     append: bool = False,
     fresh: bool = False,
     stdin: BinaryIO | None = None,
@@ -96,14 +98,27 @@ def submit(
     from netassay.store import arriving, submission
     from producer import lab
 
-    arriving.check(called, weight, note)  # before files are kept
+    arriving.check_name(called)  # before files are kept
+    arriving.check_tags(tags)
+    particulars = arriving.Particulars(weight, note, submitter_of(config), tuple(tags))
+    particulars.check()
     with lab.records_of(config) as database:
         database.prepare()
         resolver.commit()
         outcome = submission.submit(
-            database, called, prepared.segments, prepared.names, weight, progress, note=note, append=append, fresh=fresh
+            database, called, prepared.segments, prepared.names, particulars, progress, append=append, fresh=fresh
         )
     return prepared, outcome
+
+
+def submitter_of(config: Settings) -> str:
+    """Whose batches these are: as the settings say, else the user of this system; empty where it does not know one."""
+    if config.submitter:
+        return config.submitter
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return ""
 
 
 def _named(path: str | os.PathLike[str]) -> str:

@@ -1,4 +1,4 @@
-"""`python -m producer.tether PARENT COMMAND...`: run a command that ends when its parent does, kill -9 included.
+"""`python -I -S producer/tether.py PARENT COMMAND...`: run a command that ends when its parent does, kill -9 included.
 
 On Linux the kernel sees to it and this process becomes the command; elsewhere it stays as the command's parent and
 watches its own.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
 import sys
-import time
 
 
 def main() -> int:
@@ -21,6 +19,9 @@ def main() -> int:
         if os.getppid() != parent:
             return 1
         os.execvp(command[0], command)
+    import subprocess
+    import time
+
     child = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     while child.poll() is None:

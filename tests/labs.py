@@ -116,7 +116,7 @@ class Lab:
 
     def up(self) -> None:
         with variables(self.environment):
-            lab.up(self.config, self.slots, flower=False)
+            lab.up(self.config, self.slots, flower=False, monitor=False)
 
     def down(self) -> None:
         lab.down(self.config)

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import text
 
 from netassay.job import BUILDER, Segment, key_of
-from netassay.store import dispatching, running, submission
+from netassay.store import arriving, dispatching, running, submission
 from netassay.store.database import Database
 from netassay.store.running import Claim, Outcome, Task
 
@@ -43,11 +43,12 @@ def builder(*recipes: str) -> Segment:
 
 
 def submit(database: Database, name: str, *segments: Segment, **options: Any) -> submission.Submitted:
-    return submission.submit(database, name, segments, {}, **options)
+    said = {field: options.pop(field) for field in ("weight", "note", "submitter", "tags") if field in options}
+    return submission.submit(database, name, segments, {}, arriving.Particulars(**said), **options)
 
 
-def sign_on(database: Database, name: str = "worker", slots: int = 1) -> int:
-    return running.sign_on(database, name, "host", 1, slots)
+def sign_on(database: Database, name: str = "worker", slots: int = 1, memory: int = 0) -> int:
+    return running.sign_on(database, name, "host", 1, slots, memory)
 
 
 def number_of(task: Task) -> int:

@@ -20,10 +20,9 @@ from netassay.settings import Settings
 from netassay.store.database import Database
 from producer import lab
 from producer.cli import app
-from worker import supervisor
 
 ROOT = Path(__file__).parent.parent
-OURS = ("dispatcher", "worker", "flower", "producer")
+OURS = ("dispatcher", "monitor", "worker", "flower", "producer")
 #: A variable with its default (`:-`) or the complaint where it is missing (`:?`).
 VARIABLE = re.compile(r"\$\{(\w+)(?:(:[-?])([^}]*))?\}")
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|KEY")
@@ -68,7 +67,7 @@ def test_there_is_a_service_for_each_part_of_a_lab(services: dict[str, Any]) -> 
     assert "hostname" not in services["worker"], "workers are told apart by their host"
 
 
-@pytest.mark.parametrize("name", ["dispatcher", "worker"])
+@pytest.mark.parametrize("name", ["dispatcher", "monitor", "worker"])
 def test_commands_are_verbs_and_their_flags_exist(services: dict[str, Any], name: str) -> None:
     assert services[name]["entrypoint"] == ["tini", "--", "netassay"]
     parse(services[name]["command"])
@@ -139,12 +138,13 @@ def test_the_example_of_the_environment_names_every_variable_and_no_secret(text:
     assert set_there == {"REDIS_PASSWORD", "POSTGRES_PASSWORD", "FLOWER_PASSWORD"}
 
 
-def test_nothing_is_published_but_flower_on_loopback_behind_a_password(services: dict[str, Any]) -> None:
+def test_nothing_is_published_but_numbers_and_flower_on_loopback_behind_a_password(services: dict[str, Any]) -> None:
     published = {name: service["ports"] for name, service in services.items() if service.get("ports")}
-    assert list(published) == ["flower"]
-    (port,) = published["flower"]
-    assert port.startswith("127.0.0.1:")
-    assert port.endswith(":5555")
+    assert list(published) == ["monitor", "flower"]
+    for name, number in (("monitor", 5556), ("flower", 5555)):
+        (port,) = published[name]
+        assert port.startswith("127.0.0.1:")
+        assert port.endswith(f":{number}")
     assert "FLOWER_PASSWORD:?" in variables_of(services["flower"])["FLOWER_BASIC_AUTH"]
     assert all("network_mode" not in service and service["networks"] == ["lab"] for service in services.values())
 
@@ -195,7 +195,7 @@ def test_a_check_may_take_longer_than_what_it_waits_for(services: dict[str, Any]
 
 
 def test_a_worker_is_given_the_time_to_end_in_good_order(services: dict[str, Any]) -> None:
-    assert seconds(services["worker"]["stop_grace_period"]) >= supervisor.GRACE_SECONDS + 10
+    assert seconds(services["worker"]["stop_grace_period"]) >= Settings().grace + 10
 
 
 def test_redis_keeps_what_it_has_and_refuses_the_rest() -> None:
@@ -218,7 +218,7 @@ def test_volumes_are_declared_and_folders_of_the_repository_exist(text: str, ser
             else:
                 used.add(source)
     assert used == declared
-    for name in ("dispatcher", "worker", "flower", "producer"):
+    for name in OURS:
         targets = [VARIABLE.sub("", volume).split(":")[1] for volume in services[name]["volumes"]]
         assert {"/artifacts", "/methods"} <= set(targets)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import services
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 from store_by_hand import (
     audit,
     audit_at_rest,
@@ -26,13 +28,25 @@ from store_by_hand import (
     rows,
     sign_on,
     submit,
+    take,
 )
 
-from netassay import faults
+from netassay import disk, faults
+from netassay.job import Segment
+from netassay.settings import Settings
 from netassay.store import control, dispatching, reading, running
-from netassay.store.database import Database
+from netassay.store.database import Database, StoreError
 from netassay.store.running import StaleToken
-from producer.dispatch import CHUNKS_A_SLOT, OVERTAKEN_SECONDS, UNCLAIMED_SECONDS, BrokerDown, Dispatcher
+from producer import dispatch
+from producer.dispatch import (
+    CHUNKS_A_SLOT,
+    OVERTAKEN_SECONDS,
+    PASS_CHUNKS,
+    UNCLAIMED_SECONDS,
+    UNFIT_SECONDS,
+    BrokerDown,
+    Dispatcher,
+)
 
 
 @dataclass
@@ -172,8 +186,8 @@ def test_two_dispatchers_at_once_do_not_exceed_the_bound(lab: Lab, monkeypatch: 
     )
     read = dispatching.open_batches
 
-    def overtaken_by_the_rival(connection: Connection) -> list[dispatching.OpenBatch]:
-        found = read(connection)
+    def overtaken_by_the_rival(connection: Connection, offered: dispatching.Offer) -> list[dispatching.OpenBatch]:
+        found = read(connection, offered)
         monkeypatch.setattr(dispatching, "open_batches", read)
         assert rival.one_pass()
         return found
@@ -182,6 +196,17 @@ def test_two_dispatchers_at_once_do_not_exceed_the_bound(lab: Lab, monkeypatch: 
     lab.one_pass()
     assert len(lab.broker.sent) == CHUNKS_A_SLOT * 2
     assert rows(lab.database, "SELECT count(*) FROM chunk WHERE state = 'published'") == [(CHUNKS_A_SLOT * 2,)]
+
+
+def test_many_slots_are_served_in_several_transactions_with_room_for_workers_in_between(lab: Lab) -> None:
+    worker = sign_on(lab.database, slots=3 * PASS_CHUNKS)
+    submit(lab.database, "a", jobs(range(2000), seconds=2.0))
+    waiting = []
+    for _ in range(5):
+        lab.one_pass()
+        running.renew(lab.database, worker, {})
+        waiting.append(len(lab.broker.messages))
+    assert waiting == [PASS_CHUNKS, 2 * PASS_CHUNKS, 3 * PASS_CHUNKS, 3 * PASS_CHUNKS, 3 * PASS_CHUNKS]
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -232,6 +257,52 @@ def test_a_chunk_takes_two_seconds_and_holds_whole_groups(
     lab.settle()
     assert sizes(lab)[:3] == [1, expected, expected if seconds > 1e-6 else 10_000]
     assert lab.broker.sent[1].seconds == pytest.approx(expected * seconds)
+
+
+def test_a_watch_tells_of_each_write_by_others_once_and_of_no_reading(lab: Lab) -> None:
+    changed = lab.database.watch()
+    if changed is None:
+        assert not lab.database.sqlite
+        return
+    assert [changed(), changed()] == [True, False]
+    submit(lab.database, "a", jobs(range(3)))
+    assert [changed(), changed()] == [True, False]
+    publish(lab.database)
+    assert changed()
+    reading.batches(lab.database)
+    assert not changed()
+
+
+def test_a_dispatcher_at_rest_publishes_a_new_batch_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "UNCHANGED_PAUSE", 3600.0)  # nothing but the change can wake it
+    broker = ListBroker()
+    monkeypatch.setattr(dispatch, "CeleryBroker", lambda url, prefix: broker)
+    with services.new_store("sqlite", tmp_path) as database:
+        stop = threading.Event()
+        config = Settings(home=tmp_path, store=database.url.render_as_string())
+        serving = threading.Thread(target=dispatch.serve, args=(config, stop))
+        serving.start()
+        try:
+            time.sleep(0.5)
+            submit(database, "a", jobs(range(3)))
+            deadline = time.monotonic() + 30
+            while not broker.sent and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert broker.sent
+        finally:
+            stop.set()
+            serving.join()
+
+
+def test_what_a_method_took_corrects_what_it_predicts_for_jobs_of_another_size(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "small", jobs([0], seconds=0.001))
+    claim = take(lab.database, worker)
+    running.finish(lab.database, worker, claim, [done(task) for task in claim.tasks], seconds_a_job=0.002)
+    # Twice its prediction, so a second each: two to a chunk, and not a thousand as of those that were measured.
+    submit(lab.database, "large", jobs(range(1, 40), seconds=0.5))
+    first, second = publish(lab.database, slots=2)[:2]
+    assert (first.seconds, second.seconds) == pytest.approx((1.0, 2.0))
 
 
 def test_measured_timings_replace_the_hint_in_this_batch_and_the_next(lab: Lab) -> None:
@@ -325,6 +396,143 @@ def test_shares_follow_the_weights(lab: Lab) -> None:
         assert seconds[name] / total == pytest.approx(weight / all_weights, rel=0.1)
 
 
+def seconds_by(lab: Lab, owner: dict[str, str]) -> Counter[str]:
+    """Seconds of work that were published for each owner of batches."""
+    found: Counter[str] = Counter()
+    for message in lab.broker.sent:
+        found[owner[message.label.split(" /")[0]]] += message.seconds
+    return found
+
+
+def test_a_submitter_of_many_batches_gets_no_more_than_one_of_a_single_batch(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    owner = {f"ada-{number}": "ada" for number in range(8)} | {"grace-0": "grace"}
+    for place, (name, submitter) in enumerate(owner.items()):
+        submit(lab.database, name, jobs(range(4000 * place, 4000 * place + 4000)), submitter=submitter)
+    for _ in range(160):
+        lab.one_pass()
+        lab.work(worker, most=1)
+    found = seconds_by(lab, owner)
+    assert found["ada"] == pytest.approx(found["grace"], rel=0.1)
+
+
+def test_shares_of_submitters_follow_their_weights_and_batches_theirs_within(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    weights = {"ada-1": 1.0, "ada-3": 3.0, "grace": 1.0}
+    owner = {name: name.partition("-")[0] for name in weights}
+    control.set_share(lab.database, "grace", 2.0)
+    assert control.shares(lab.database) == {"grace": 2.0}
+    for place, (name, weight) in enumerate(weights.items()):
+        numbers = range(4000 * place, 4000 * place + 4000)
+        submit(lab.database, name, jobs(numbers), weight=weight, submitter=owner[name])
+    assert control.shares(lab.database) == {"ada": 1.0, "grace": 2.0}
+    for _ in range(160):
+        lab.one_pass()
+        lab.work(worker, most=1)
+    found = seconds_by(lab, owner)
+    assert found["grace"] / found["ada"] == pytest.approx(2.0, rel=0.1)
+    mine = seconds_by(lab, {name: name for name in weights})
+    assert mine["ada-3"] / mine["ada-1"] == pytest.approx(3.0, rel=0.15)
+    control.set_share(lab.database, "grace", 1.0)
+    assert rows(lab.database, "SELECT count(*) FROM submitter") == [(0,)], "1 is usual, and needs no row"
+
+
+# What no worker can run
+
+
+def needing(numbers: range, memory: int) -> Segment:
+    return replace(jobs(numbers), memory_limit=memory)
+
+
+def test_jobs_that_fit_no_worker_are_not_published_and_the_others_go_on(lab: Lab) -> None:
+    small = sign_on(lab.database, "small", memory=8 << 30)
+    submit(lab.database, "a", needing(range(5), 15 << 30), jobs(range(5, 9)))
+    for _ in range(10):
+        lab.one_pass()
+        assert set(lab.work(small)) <= {5, 6, 7, 8}
+    assert reading.progress(lab.database, "a").done == 4
+    large = sign_on(lab.database, "large", memory=16 << 30)
+    assert sorted(lab.run_dry(large, small)) == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_of_which_only_what_fits_nobody_is_left_pauses_itself_and_says_what_is_missing(lab: Lab) -> None:
+    worker = sign_on(lab.database, "small", memory=8 << 30)
+    submit(lab.database, "a", needing(range(5), 15 << 30))
+    for _ in range(int(UNFIT_SECONDS) - 2):
+        lab.now += 1.0
+        running.renew(lab.database, worker, {})
+        lab.one_pass()
+        assert reading.progress(lab.database, "a").state == "open", "a worker that has more may be restarting"
+    for _ in range(4):
+        lab.now += 1.0
+        running.renew(lab.database, worker, {})
+        lab.one_pass()
+    seen = reading.progress(lab.database, "a")
+    assert (seen.state, lab.broker.sent) == ("paused", [])
+    assert "may use 16.1 GB, the slots of the largest worker 8.6 GB" in seen.reason
+    assert control.resume(lab.database, "a")
+    assert len(lab.run_dry(sign_on(lab.database, "large", memory=16 << 30), worker)) == 5
+
+
+def test_without_any_worker_nothing_is_found_unfit(lab: Lab) -> None:
+    submit(lab.database, "a", needing(range(5), 15 << 30))
+    for _ in range(30):
+        lab.now += 1.0
+        lab.one_pass()
+    assert reading.progress(lab.database, "a").state == "open"
+
+
+def test_a_method_that_every_worker_lacks_is_not_published_until_one_has_it(lab: Lab) -> None:
+    old, older = sign_on(lab.database, "old"), sign_on(lab.database, "older")
+    submit(lab.database, "a", jobs(range(3), method="new.method"), jobs(range(3, 6)))
+    ((method,),) = rows(lab.database, "SELECT id FROM method_version WHERE name = 'new.method'")
+    running.lacks(lab.database, old, method, "version 1 of new.method is not here")
+    lab.one_pass()
+    assert any("new.method" in message.label for message in lab.broker.sent), "the other one may have it"
+    running.lacks(lab.database, older, method, "version 1 of new.method is not here")
+    lab.broker.wipe()
+    lab.broker.sent.clear()
+    for _ in range(int(UNFIT_SECONDS) + 5):
+        lab.now += 1.0
+        for worker in (old, older):
+            running.renew(lab.database, worker, {})
+        lab.one_pass()
+        lab.work(old)
+    assert not any("new.method" in message.label for message in lab.broker.sent)
+    seen = reading.progress(lab.database, "a")
+    assert (seen.done, seen.state) == (3, "paused")
+    assert "version 1 of new.method is not here" in seen.reason
+    control.resume(lab.database, "a")
+    assert sorted(lab.run_dry(older, old)) == [0, 1, 2]
+
+
+def test_a_store_that_was_upgraded_ends_the_dispatcher_and_refuses_its_workers(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(3)))
+    lab.settle()
+    message = lab.broker.messages[0]
+    with lab.database.write() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StoreError, match="was upgraded to schema 9999, this program knows"):
+        lab.one_pass()
+    assert running.claim(lab.database, worker, message.chunk_id) is None
+    renewal = running.renew(lab.database, worker, {})
+    assert (renewal.lost, renewal.schema) == (True, "9999")
+
+
+def test_nothing_is_published_while_the_disk_of_the_store_is_short(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "a", jobs(range(3)))
+    monkeypatch.setattr(disk, "RESERVE_SHARE", 2.0)
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 60)
+    for _ in range(3):
+        lab.one_pass()
+    if lab.database.sqlite:
+        assert lab.broker.sent == []
+    monkeypatch.undo()
+    assert len(lab.run_dry(worker)) == 3
+
+
 def test_ten_jobs_behind_a_huge_batch_are_served_within_four_chunks(lab: Lab) -> None:
     worker = sign_on(lab.database)
     submit(lab.database, "huge", jobs(range(5000), seconds=0.5))
@@ -344,6 +552,49 @@ def test_ten_jobs_behind_a_huge_batch_are_served_within_four_chunks(lab: Lab) ->
     # And it was not given all the time before it came, either.
     after = [message.label.split(" /")[0] for message in lab.broker.sent[before:]]
     assert after.count("huge") >= after.count("small")
+
+
+def test_a_newcomer_goes_first_with_its_rest_right_behind_its_first_job(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "huge", jobs(range(5000), seconds=0.003))
+    for _ in range(10):
+        lab.one_pass()
+        lab.work(worker, most=1)
+    lab.settle()
+    submit(lab.database, "small", jobs(range(10_000, 10_010), seconds=0.01))
+    before = len(lab.broker.sent)
+    lab.work(worker)
+    lab.one_pass()
+    assert [message.label for message in lab.broker.sent[before : before + 2]] == [
+        "small / diagnostics.echo / 0..0",
+        "small / diagnostics.echo / 1..9",
+    ]
+
+
+def test_one_newcomer_after_another_does_not_starve_a_batch_that_was_there(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "old", jobs(range(1000), seconds=2.0))
+    lab.settle()
+    for number in range(40):
+        submit(lab.database, f"new{number}", jobs([10_000 + number], seconds=2.0))
+        lab.work(worker, most=1)
+        lab.one_pass()
+    shares = Counter(message.label.startswith("old") for message in lab.broker.sent)
+    # It has its share among those that wait, which grow more with each of its own turns: the 1st, 5th, 11th, 17th ...
+    assert shares[True] >= 6
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_chunks_a_little_short_of_two_seconds_wait_one_a_slot_too(lab: Lab, slots: int) -> None:
+    """As nearly all are: they hold whole jobs."""
+    worker = sign_on(lab.database, slots=slots)
+    submit(lab.database, "a", jobs(range(100_000), seconds=0.0011))
+    lab.settle()
+    lab.work(worker)
+    lab.settle()
+    waiting = {message.chunk_id for message in lab.broker.messages}
+    cut = rows(lab.database, "SELECT id, stop - start FROM chunk")
+    assert [size for chunk, size in cut if chunk in waiting] == [1818] * slots
 
 
 def test_a_paused_batch_gives_its_place_to_the_others(lab: Lab) -> None:

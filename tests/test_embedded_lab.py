@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from labs import Lab, alive, embedded, until, variables
 from services import require_redis
+from sqlalchemy import text
 
 from netassay.settings import Settings
 from netassay.store import control
+from netassay.store.database import SCHEMA
 from producer import lab as embedded_lab
 
 USER_METHODS = Path(__file__).parent / "user_methods"
@@ -55,7 +57,7 @@ def test_each_service_that_is_killed_is_started_again_and_this_is_written_down()
     require_redis()
     with embedded(start=False, LOST_AFTER="3") as lab:
         embedded_lab.up(lab.config, 1, flower=True)
-        services = ["dispatcher", "flower", "redis", "worker"]
+        services = ["dispatcher", "flower", "monitor", "redis", "worker"]
         assert sorted(lab.described()["services"]) == services
         killed = {service: lab.kill(service) for service in services}
         for service, pid in killed.items():
@@ -155,6 +157,25 @@ def test_a_worker_without_a_store_ends_and_takes_no_messages() -> None:
     )
     assert ended.returncode == 1
     assert "the worker cannot start" in ended.stderr
+
+
+def test_a_store_upgraded_under_a_lab_ends_its_old_processes_and_costs_no_job() -> None:
+    """As a newer program would upgrade it; a moment later the older one is right again."""
+    with embedded(LOST_AFTER="3") as lab:
+        jobs = lab.entry("diagnostics.sleep", {"seconds": 0.05}, grid={"tag": {"range": [0, 100]}})
+        lab.submit("upgraded", jobs)
+        until(lambda: len(lab.started()) > 5)
+        before = {name: lab.pid(name) for name in ("worker", "dispatcher")}
+        with lab.database.write() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        until(lambda: not any(map(alive, before.values())), what="the older programs to end")
+        logs = lab.logs()
+        assert "outdated" in logs
+        assert "was upgraded to schema 9999" in logs
+        with lab.database.write() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :v"), {"v": SCHEMA})
+        lab.wait("upgraded")
+        assert lab.violations("upgraded", takeover=True) == []
 
 
 def test_a_lab_that_cannot_start_says_why_and_leaves_nothing() -> None:

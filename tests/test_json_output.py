@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import subprocess
@@ -79,13 +80,16 @@ def test_every_verb_that_takes_json_has_a_schema_and_the_other_way_round() -> No
     commands = get_command(app).commands  # type: ignore[attr-defined]
     takes = {name for name, command in commands.items() if any("--json" in one.opts for one in command.params)}
     assert takes == set(output.OUTPUTS) - {"error"}
-    assert set(commands) - takes <= {"worker", "dispatch", "plot"}, "these print nothing for a machine to read"
+    assert set(commands) - takes <= {"worker", "dispatch", "monitor", "plot"}, (
+        "these print nothing for a machine to read"
+    )
 
 
 def test_a_day_in_a_lab(lab: Cli) -> None:
     assert lab.json("status")["works"] is False
     up = lab.json("up", "--slots", "1", "--no-flower")
-    assert set(up["services"]) == {"redis", "worker", "dispatcher"}
+    assert set(up["services"]) == {"redis", "worker", "dispatcher", "monitor"}
+    assert up["monitor"].startswith("http://127.0.0.1:")
     assert [lab.json("submit", f"{name}.yaml")["new"] for name in ("echo", "fail", "crash")] == [30, 3, 1]
     waited = lab.json("wait", "echo", "fail", "crash", code=1)
     assert waited["outcome"] == "failed"
@@ -115,7 +119,9 @@ def test_batches_without_a_lab(alone: Cli) -> None:
     (alone.folder / "half.yaml").write_text("jobs: {method: diagnostics.burn, grid: {seconds: [0.1, -1, 0.1]}}")
     dry = alone.json("submit", "echo.yaml", "--dry-run")
     assert [(row["method"], row["jobs"]) for row in dry["rows"]] == [("diagnostics.echo", 30)]
-    said = alone.json("submit", "echo.yaml", "--note", "first [bold] try", "--weight", "2")
+    said = alone.json(
+        "submit", "echo.yaml", "--note", "first [bold] try", "--weight", "2", "--tag", "paper", "--tag", "seed=1"
+    )
     assert (said["size"], said["works"]) == (30, False)
     half = alone.json("submit", "half.yaml", "--skip-invalid")
     assert (half["size"], half["refused"], half["duplicates"]) == (1, 1, 1)
@@ -132,8 +138,26 @@ def test_batches_without_a_lab(alone: Cli) -> None:
         ("half", 1.0, ""),
         ("echo", 0.5, "first [bold] try"),
     ]
+    assert [batch["tags"] for batch in listed] == [[], ["paper", "seed=1"]]
+    (submitter,) = {batch["submitter"] for batch in listed}
+    assert submitter == getpass.getuser()
+    assert [batch["name"] for batch in alone.json("batches", "--tag", "paper", "--submitter", submitter)] == ["echo"]
+    assert alone.json("batches", "--tag", "pap") == alone.json("batches", "--submitter", "nobody") == []
+    refused = alone.json("submit", "echo.yaml", "--tag", "two words", code=2, as_error=True)
+    assert "is no tag" in refused["error"]
+    assert "nobody called" in alone.json("share", "nobody", code=2, as_error=True)["error"]
+    assert alone.json("share", submitter, "3") == {"submitters": [{"name": submitter, "weight": 3.0}]}
+    assert alone.json("share", "guest", "0.5")["submitters"] == [{"name": "guest", "weight": 0.5}]
+    assert [one["name"] for one in alone.json("share")["submitters"]] == sorted([submitter, "guest"])
     assert [batch["name"] for batch in alone.json("batches", "e*", "--state", "cancelled")] == ["echo"]
     assert alone.json("batches", "x*") == []
+    saved = alone.json("backup", "backups")
+    assert (saved["batches"], saved["jobs"], saved["records"]) == (2, 31, 0)
+    alone.environment["NETASSAY_HOME"] = "elsewhere"
+    assert alone.json("restore", "backups")["batches"] == 2
+    assert alone.json("restore", saved["path"])["skipped"] == 2
+    assert alone.json("batches") == listed
+    assert "holds no backup" in alone.json("restore", ".", code=2, as_error=True)["error"]
 
 
 def test_methods_and_one_job(alone: Cli) -> None:

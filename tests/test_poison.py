@@ -73,6 +73,45 @@ def test_among_300_jobs_the_poisonous_end_with_their_cause_and_all_others_are_do
     }
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_1000_jobs_5_crash_5_take_all_memory_and_5_spin_and_985_are_done(kind: str) -> None:
+    """With the limits that nobody has set, but for the time; one of the five asks for 100 GB and says 8 would do."""
+    with a_lab(kind) as lab:
+        lab.submit(
+            "thousand",
+            lab.entry("diagnostics.echo", grid={"value": {"range": [0, 500]}}),
+            lab.entry("diagnostics.crash", {"by": "SIGSEGV"}, grid={"tag": {"range": [0, 5]}}),
+            lab.entry("diagnostics.burn", {"seconds": 0.02}, grid={"tag": {"range": [0, 485]}}),
+            lab.entry("diagnostics.allocate", {"endless": True}, grid={"tag": [0, 1, 2, 3]}),
+            lab.entry("diagnostics.allocate", {"bytes": 100_000_000_000}, limits={"memory": "8GB"}),
+            lab.entry("diagnostics.burn", {"seconds": 600, "busy": "c"}, grid={"tag": [0, 1, 2, 3, 4]},
+                      limits={"seconds": 10}),
+        )  # fmt: skip
+        began = time.monotonic()
+        lab.wait("thousand", seconds=600)
+        seen = lab.progress("thousand")
+        assert (seen.size, seen.done, seen.failed) == (1000, 985, 15)
+        causes = [record.cause for record in lab.records("thousand") if record.state == "failed"]
+        assert sorted(causes) == ["crash"] * 5 + ["memory"] * 5 + ["time"] * 5
+        assert lab.violations("thousand", ends=whatever_its_fate) == []
+        for record in lab.records("thousand"):
+            if record.cause in ("crash", "time"):
+                assert attempts(lab, record)[-1].cause == record.cause
+            elif record.cause == "memory":
+                assert record.message
+        # Where it says so itself, there is no worker for it: it is not even begun.
+        lab.submit("huge", lab.entry("diagnostics.allocate", {"bytes": 100_000_000_000}))
+        until(lambda: lab.progress("huge").state == "paused")
+        assert "may use 100.0 GB" in lab.progress("huge").reason
+        print(f"{kind}: 985 done, 15 failed with their causes after {time.monotonic() - began:.0f} s")
+
+
+def whatever_its_fate(record: Record) -> list[str]:
+    return ["failed:memory"] if record.method == "diagnostics.allocate" else fate(record)
+
+
 @pytest.mark.parametrize(
     "how, cause", [("crash", "crash"), ("spin", "time"), ("allocate", "memory"), ("raise", "error")]
 )

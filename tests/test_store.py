@@ -193,6 +193,15 @@ def test_fresh_runs_again_what_is_known_in_every_batch_that_holds_it(database: D
     audit_at_rest(database)
 
 
+def test_fresh_jobs_behind_a_batch_run_again_where_it_held_them_too(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(6)))
+    drain(database, worker)
+    outcome = submit(database, "a", jobs(range(3, 9)), append=True, fresh=True)
+    assert (outcome.size, outcome.appended, outcome.new, outcome.rerun) == (9, 3, 3, 3)
+    assert len(drain(database, worker)) == 6
+    audit_at_rest(database)
+
+
 def test_one_name_cannot_hold_other_jobs(database: Database) -> None:
     submit(database, "a", jobs(range(25)))
 

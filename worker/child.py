@@ -13,8 +13,9 @@ Protocol, one JSON text a line. In:
      "groups": [{"memory": bytes, "jobs": [[job id, canonical params], ...]}, ...]}
 
 Out, for each group, in order: `[[job id, state, cause, message, result JSON or null, seconds], ...]`; after `prepare`:
-`{"ready": {...provenance...}}`. The state `apart` says that the jobs of the group broke down together and are to be
-asked for one by one. Standard output and error of the jobs go to the log pipe, never into the protocol; their input is
+`{"ready": {...provenance...}}`. Beside the ends of a job there are three states: `apart`, the jobs of the group broke
+down together and are to be asked for one by one; `lacking`, this version of the method is not to be had here; `short`,
+the disk is full. Standard output and error of the jobs go to the log pipe, never into the protocol; their input is
 empty.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import importlib
 import json
@@ -40,6 +42,8 @@ from netassay.method import Failure, Method, MethodError
 from netassay.store import artifacts, storable
 from worker.limits import cause_of_exception
 
+#: What the system says where a disk, or somebody's share of it, is full.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 #: Allowance above the measured use when limits are set: allocators grab arenas ahead of need.
 _SLACK = 64 << 20
 
@@ -118,10 +122,10 @@ _artifacts: Any = None
 
 
 def _serve(request: dict[str, Any], out: TextIO) -> None:
-    method = _method(request["method"])
+    method = _method(request["method"], request["version"])
     for group in request["groups"]:
         if isinstance(method, str):
-            results = [[job_id, "failed", "error", method, None, 0.0] for job_id, _ in group["jobs"]]
+            results = [[job_id, "lacking", "error", method, None, 0.0] for job_id, _ in group["jobs"]]
         else:
             results = _run_group(method, request, group["jobs"], group["memory"])
         out.write(json.dumps(results, separators=(",", ":"), ensure_ascii=True) + "\n")
@@ -130,23 +134,29 @@ def _serve(request: dict[str, Any], out: TextIO) -> None:
             return  # the supervisor replaces this process; what is begun here now would be begun again
 
 
-def _method(name: str) -> Method | str:
-    """The method, or why this worker has none of that name."""
+def _method(name: str, version: int) -> Method | str:
+    """The method, or why this worker has none of that name and version."""
     try:
-        return catalogue.get(name)
+        method = catalogue.get(name)
     except catalogue.UnknownMethod as error:
         return storable.text(
             f"this worker cannot load {name}: {error}; restart the lab (or this worker) with NETASSAY_METHODS set to "
-            "the folder that holds it, or with its package installed, then submit again"
+            "the folder that holds it, or with its package installed, then resume the batch"
         )
     except catalogue.BrokenMethod as error:
         lines = "".join(traceback.format_exception(error.__cause__, limit=-12)) if error.__cause__ else ""
         return storable.text(
             f"this worker cannot load {name}: {error.reason}; mend its module, or install what it needs, on the "
-            f"worker's host, restart the lab and submit again{_below(lines)}"
+            f"worker's host, then resume the batch{_below(lines)}"
         )
     except Exception as error:
-        return storable.text(f"this worker cannot load {name}: {error}; mend this, restart the lab and submit again")
+        return storable.text(f"this worker cannot load {name}: {error}; mend this, then resume the batch")
+    if method.version == version:
+        return method
+    return (
+        f"this worker has version {method.version} of {name}, the jobs ask for version {version}; install the same on "
+        "both sides, then resume the batch"
+    )
 
 
 def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]], memory: int) -> list[list[Any]]:
@@ -154,12 +164,6 @@ def _run_group(method: Method, request: dict[str, Any], group: list[list[Any]], 
     parsed: list[tuple[int, Any]] = []
     for job_id, params_text in group:
         try:
-            if method.version != request["version"]:
-                raise RuntimeError(
-                    f"this worker has version {method.version} of {method.name}, the job asks for version "
-                    f"{request['version']}: it changed after the worker had loaded it, or is not the same where the "
-                    "job was submitted; install the same on both sides, restart the lab, then retry"
-                )
             parsed.append((job_id, method.Params.model_validate_json(params_text)))
         except Exception as error:
             results[job_id] = _failed(job_id, error, 0.0)
@@ -228,9 +232,10 @@ def _failed(job_id: int, error: BaseException, seconds: float) -> list[Any]:
             return [job_id, "not_applicable", "", storable.text(str(error)), None, seconds]
         return [job_id, "failed", error.cause, storable.text(str(error)), None, seconds]
     cause = cause_of_exception(error)
+    state = "short" if isinstance(error, OSError) and error.errno in _DISK_FULL else "failed"
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     lines = "".join(traceback.format_exception(error, limit=-12))
-    return [job_id, "failed", cause, storable.text(words + _below(lines)), None, seconds]
+    return [job_id, state, cause, storable.text(words + _below(lines)), None, seconds]
 
 
 def _below(lines: str) -> str:

@@ -58,7 +58,11 @@ class Stopped(Exception):
 
 
 class Child:
-    """A spawned compute process. Not thread-safe: it belongs to one slot. OSError where none can be started."""
+    """A spawned compute process. Not thread-safe: it belongs to one slot. OSError where none can be started.
+
+    base: bytes resident when it was prepared last, which limits count from; clean: those that its imports took.
+    started: monotonic.
+    """
 
     def __init__(self, artifacts: Path) -> None:
         self.artifacts = artifacts
@@ -89,16 +93,19 @@ class Child:
         for end in (results, log):
             self._selector.register(end, selectors.EVENT_READ)
         self._closed = False
-        self.base = 0
+        self.base = self.clean = 0
+        self.started = time.monotonic()
 
     def prepare(self, libraries: Sequence[str], stop: Callable[[], bool]) -> None:
         """Import what jobs will need, before limits are set and clocks run. Raises ChildDied, Stopped."""
         missing = set(libraries) - self.libraries
         if missing or not self.about:
+            before = resident(self.process.pid) if self.about else 0
             wanted = {"libraries": sorted(missing), "artifacts": str(self.artifacts), "threads": 1}
             self.send({"prepare": wanted})
             self.about |= json.loads(self.line(time.monotonic() + PREPARE_SECONDS, None, stop))["ready"]
             self.libraries |= missing
+            self.clean += resident(self.process.pid) - before
         self.base = resident(self.process.pid)
 
     def send(self, request: dict[str, Any]) -> None:
@@ -126,14 +133,22 @@ class Child:
         Raises ChildDied where the child ends, is past `deadline` (monotonic) or its family holds more than `memory`
         bytes resident beyond what it held when prepared; Stopped as soon as `stop()` says so. It is dead then.
         """
-        look = time.monotonic() + _LOOK
+        look, late = time.monotonic() + _LOOK, 0.0
         while not self._lines:
             now = time.monotonic()
             if stop():
                 self.kill()
                 raise Stopped
             if now > deadline:
-                self._give_up("time", "it was still running at its time limit")
+                # This process may have been stopped itself for so long, and the results lie in the pipe.
+                late = late or now
+                if not self._pump(_TICK if self._partial else 0.0):
+                    self._ended()
+                if self._lines:
+                    break
+                if not self._partial or now - late > _END_SECONDS:
+                    self._give_up("time", "it was still running at its time limit")
+                continue
             if memory is not None and now >= look:
                 held = resident(self.process.pid) - self.base
                 if held > memory:

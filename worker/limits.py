@@ -31,9 +31,9 @@ def host_memory() -> int:
     return total
 
 
-def memory_a_slot(slots: int, configured: int = 0) -> int:
-    """Bytes a job may use beyond its imports where neither its method nor its sweep says."""
-    return int((configured or HOST_SHARE * host_memory()) / max(1, slots))
+def memory_of_slots(configured: int = 0) -> int:
+    """Bytes that the jobs of all slots together may use."""
+    return configured or int(HOST_SHARE * host_memory())
 
 
 def resident(pid: int) -> int:
@@ -53,7 +53,11 @@ def family(pid: int) -> list[int]:
     if Path(f"/proc/{pid}/task/{pid}/children").exists():
         found = [pid]
         for member in found:
-            for file in Path(f"/proc/{member}/task").glob("*/children"):
+            try:
+                files = list(Path(f"/proc/{member}/task").glob("*/children"))
+            except OSError:  # that process has just ended
+                continue
+            for file in files:
                 try:
                     found += map(int, file.read_text().split())
                 except OSError:  # that thread has just ended

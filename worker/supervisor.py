@@ -22,28 +22,33 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import text
 
-from netassay import __version__, faults
+from netassay import __version__, disk, faults
 from netassay.method import TIME_FACTOR
 from netassay.settings import Settings
 from netassay.store import artifacts, running, storable
-from netassay.store.database import Database, Outage
-from netassay.store.dispatching import CHUNK_SECONDS, release
+from netassay.store.database import SCHEMA, Database, Outage
+from netassay.store.dispatching import CHUNK_SECONDS, LEAST_SECONDS, release
 from netassay.store.remote import RemoteOutage
 from netassay.store.running import MOST_STARTS, Claim, Death, Outcome, StaleToken, Task
 from worker.compute import Child, ChildDied, Stopped
-from worker.limits import memory_a_slot
+from worker.limits import memory_of_slots, resident
+from worker.room import Room
 
 log = structlog.get_logger("netassay.worker")
+
+T = TypeVar("T")
 
 #: A chunk is given back after this long, at the next end of a group.
 BUDGET_SECONDS = 2 * CHUNK_SECONDS
@@ -54,8 +59,12 @@ AHEAD_SECONDS = 0.25
 AHEAD_GROUPS = 16
 #: Signs of life a second. The dispatcher waits ten seconds and more, so several may be lost.
 RENEW_SECONDS = 1.0
-#: After SIGTERM, a running group may take this long before its child is killed and its jobs go back.
-GRACE_SECONDS = 5.0
+#: A slot waits so long for memory that others hold, then gives its chunk to whoever has room.
+ROOM_SECONDS = 10.0
+#: A method that could not be loaded is tried again, in a fresh child, after this long.
+LACK_SECONDS = 10.0
+#: A child is replaced between chunks when it has kept so many bytes of what it computed, or is so old: libraries leak.
+LEAK_BYTES, CHILD_SECONDS = 512 << 20, 3600.0
 #: How often a child may be killed from outside while it imports, before the chunk is given back.
 PREPARATIONS = 3
 #: Pause before a chunk is given back for which nothing could be done here: it is soon published again.
@@ -64,8 +73,6 @@ SHORT_SECONDS = 1.0
 MOST_FETCHES = 3
 #: What the system says where it is short of processes, memory or descriptors, which passes.
 _SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-#: A job takes no less than this, whatever a clock says; a time of 0 would mean chunks without bound.
-_LEAST_SECONDS = 1e-6
 #: Signals that a program brings upon itself, each time anew: a library built for another processor, say.
 _OWN_FAULTS = (signal.SIGILL, signal.SIGSEGV, signal.SIGFPE)
 
@@ -104,9 +111,13 @@ class Slot:
         """Run a chunk from claim to commit. Never raises for what a job does."""
         faults.reach("worker.popped")
         supervisor = self.supervisor
+        if supervisor.short_of_disk():
+            self._wait(SHORT_SECONDS)
+            return  # its message is gone, the dispatcher notices and publishes it again
         database, worker_id = supervisor.database, supervisor.worker_id
         token = running.new_token()
-        claim = database.persist(30.0, lambda: running.claim(database, worker_id, chunk_id, token))
+        # To the end: a claim whose answer was lost holds its chunk, and nobody takes a chunk from a worker that lives.
+        claim = self._insist(chunk_id, lambda: running.claim(database, worker_id, chunk_id, token), held=0)
         if claim is None:
             return
         faults.reach("worker.claimed")
@@ -217,13 +228,13 @@ class Slot:
         def keep() -> None:
             running.finish(database, worker_id, claim, outcomes, self.supervisor.provenance_of(about), seconds)
 
-        self._insist(claim, keep, held=len(outcomes))
+        self._insist(claim.chunk_id, keep, held=len(outcomes))
 
     def _seconds_a_job(self, claim: Claim, jobs: int) -> float | None:
         """What a job of this chunk took, of which so many were computed; None where that cannot be told."""
         if not jobs or not self.telling:
             return None
-        seconds = max(self.busy / jobs, _LEAST_SECONDS)
+        seconds = max(self.busy / jobs, LEAST_SECONDS)
         # The first few jobs of a method that wants company say little about what each takes in a full group.
         if seconds > claim.seconds and jobs < min(claim.group_size, 8) and self.busy < 1.0:
             return None
@@ -241,7 +252,7 @@ class Slot:
             self._wait(SHORT_SECONDS)
             while not self.supervisor.overdue():
                 try:
-                    return self._insist(claim, lambda: self._release(claim), held=0)
+                    return self._insist(claim.chunk_id, lambda: self._release(claim), held=0)
                 except Exception:  # as long as this worker lives, nobody else would give the chunk back
                     log.exception("chunk_not_released", chunk=claim.chunk_id, again_in=SHORT_SECONDS)
                     _sleep(SHORT_SECONDS, self.supervisor.overdue)
@@ -256,8 +267,8 @@ class Slot:
             if ours:
                 release(connection, claim.chunk_id)
 
-    def _insist(self, claim: Claim, action: Callable[[], None], held: int) -> None:
-        """Do something to the store, through an outage again and again.
+    def _insist(self, chunk_id: int, action: Callable[[], T], held: int) -> T | None:
+        """Do something to the store, through an outage again and again. held: results that wait for it.
 
         Once the worker is overdue it is given up: the chunk goes to others when this worker has signed off or is lost.
         """
@@ -266,9 +277,10 @@ class Slot:
             try:
                 return action()
             except Outage as error:
-                about = {"chunk": claim.chunk_id, "held": held, "error": str(error.orig)}
+                about = {"chunk": chunk_id, "held": held, "error": str(error.orig)}
                 if self.supervisor.overdue():
-                    return log.error("store_out_to_the_end", **about)
+                    log.error("store_out_to_the_end", **about)
+                    return None
                 log.warning("store_out", **about, again_in=pause)
                 _sleep(pause, self.supervisor.overdue)
                 pause = min(2 * pause, 5.0)
@@ -277,7 +289,48 @@ class Slot:
         _sleep(seconds, lambda: bool(self.stop) or self.supervisor.stopping)
 
     def _run(self, claim: Claim) -> Iterator[Outcome]:
-        queue = self._plan(claim)
+        """The outcomes of a chunk, as far as it is run here and now; the rest goes back."""
+        supervisor = self.supervisor
+        known = supervisor.lacking.get(claim.method_id)
+        if known is not None and time.monotonic() - known < LACK_SECONDS:
+            self._wait(SHORT_SECONDS)
+            return
+        wanted = self._limits(claim, claim.group_size)[1]
+        began = time.monotonic()
+        with supervisor.room.reserve(wanted, ROOM_SECONDS, lambda: bool(self.stop) or supervisor.stopping) as fits:
+            if fits:
+                yield from self._jobs(claim)
+                self._recycle()
+                return
+        log.warning("no_room", chunk=claim.chunk_id, wanted=wanted, of=supervisor.room.size)
+        self._wait(SHORT_SECONDS if time.monotonic() - began < ROOM_SECONDS else 0.0)
+
+    def _lacks(self, claim: Claim, reason: str) -> None:
+        """This version of a method is not to be had here: its jobs are for others."""
+        log.error("method_lacking", method=claim.method, version=claim.version, chunk=claim.chunk_id, why=reason)
+        supervisor, line = self.supervisor, reason.partition("\n")[0]
+        supervisor.lacking[claim.method_id] = time.monotonic()
+        database, worker_id = supervisor.database, supervisor.worker_id
+        self._insist(claim.chunk_id, lambda: running.lacks(database, worker_id, claim.method_id, line), held=0)
+
+    def _has(self, claim: Claim) -> None:
+        """It is to be had, whatever was said before."""
+        if self.supervisor.lacking.pop(claim.method_id, None) is not None:
+            database, worker_id = self.supervisor.database, self.supervisor.worker_id
+            self._insist(claim.chunk_id, lambda: running.has(database, worker_id, claim.method_id), held=0)
+
+    def _recycle(self) -> None:
+        """Let a child go that has kept what it should not have, or is old: the next chunk starts another."""
+        child = self.child
+        if child is None or not child.alive:
+            return
+        kept, age = resident(child.process.pid) - child.clean, time.monotonic() - child.started
+        if kept > LEAK_BYTES or age > CHILD_SECONDS:
+            log.info("child_recycled", kept=kept, age=round(age))
+            self._drop_child()
+
+    def _jobs(self, claim: Claim) -> Iterator[Outcome]:
+        queue, fresh = self._plan(claim), False
         deaths = {task.id: task.deaths for task in claim.tasks}
         budget = time.monotonic() + BUDGET_SECONDS
         while queue:
@@ -304,6 +357,13 @@ class Slot:
                 log.error("artifacts_out", chunk=claim.chunk_id, error=str(out), given_back_in=SHORT_SECONDS)
                 self._wait(SHORT_SECONDS)
                 return
+            except _Lacking as lacking:
+                if fresh:
+                    self._lacks(claim, str(lacking))
+                    self._wait(SHORT_SECONDS)
+                    return
+                # It may have changed since the child loaded it.
+                fresh = queue[0].fresh = True
             except _Unfit as unfit:
                 log.error("child_unfit", chunk=claim.chunk_id, error=str(unfit))
                 for task in unfit.tasks:
@@ -362,6 +422,16 @@ class Slot:
                 left.popleft()
                 slowest = max(slowest, time.monotonic() - start)
                 ended = [self._explained(Outcome(*values)) for values in json.loads(line)]
+                if any(outcome.state == "lacking" for outcome in ended):
+                    left.appendleft(work)
+                    self._drop_child()
+                    raise _Lacking(ended[0].message)
+                self._has(claim)
+                if any(outcome.state == "short" for outcome in ended) and self.supervisor.short_of_disk():
+                    self._drop_child()  # it is at the next group already
+                    yield from (outcome for outcome in ended if outcome.state != "short")
+                    raise _Short(next(outcome.message for outcome in ended if outcome.state == "short"))
+                ended = [replace(one, state="failed") if one.state == "short" else one for one in ended]
                 apart = {outcome.job_id for outcome in ended if len(work.tasks) > 1 and _apart(outcome)}
                 apart |= self._robbed(ended, apart)
                 yield from (outcome for outcome in ended if outcome.job_id not in apart)
@@ -369,7 +439,7 @@ class Slot:
                 if any(outcome.cause == "memory" for outcome in ended):
                     self._drop_child()  # whatever an allocation failed in may be half done
                     return
-            fitting = int(AHEAD_SECONDS / max(slowest, _LEAST_SECONDS))
+            fitting = int(AHEAD_SECONDS / max(slowest, LEAST_SECONDS))
             self.ahead = max(1, min(2 * len(works), AHEAD_GROUPS, fitting))
         finally:
             if asked is not None:
@@ -470,7 +540,9 @@ class Slot:
             log=storable.text(death.log),
         )
         database, worker_id = self.supervisor.database, self.supervisor.worker_id
-        self._insist(claim, lambda: running.report_death(database, worker_id, claim, report), held=0)
+        faults.reach("worker.died")
+        self._insist(claim.chunk_id, lambda: running.report_death(database, worker_id, claim, report), held=0)
+        faults.reach("worker.reported")
         for task in tasks:
             deaths[task.id] += 1
         # Beyond its own limit it will be again. A SIGKILL from outside is another matter: the kernel, out of memory,
@@ -509,7 +581,11 @@ class _Died(Exception):
 
 
 class _Short(Exception):
-    """The host has no room for a child at the moment; no job is to blame, and none fails."""
+    """The host has no room for a child, or on its disk, at the moment; no job is to blame, and none fails."""
+
+
+class _Lacking(Exception):
+    """The child has not this version of the method."""
 
 
 class _Out(Exception):
@@ -534,8 +610,14 @@ class Supervisor:
     kept: artifacts.Artifacts = field(init=False)
     worker_id: int = field(init=False, default=0)
     memory: int = field(init=False)
+    """bytes a job may use beyond its imports where neither its method nor its sweep says"""
+    room: Room = field(init=False)
+    lacking: dict[int, float] = field(init=False, default_factory=dict)
+    """version of a method (its id) that could not be loaded here -> when that was seen last, monotonic"""
     stopping: bool = field(init=False, default=False)
     _stop_at: float = field(init=False, default=float("inf"))
+    _short: bool = field(init=False, default=False)
+    _outdated: bool = field(init=False, default=False)
     _held: dict[int, Slot] = field(init=False, default_factory=dict)
     _known: dict[str, int] = field(init=False, default_factory=dict)
     _done: threading.Event = field(init=False, default_factory=threading.Event)
@@ -543,7 +625,8 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.database = Database(self.settings.store_url)
         self.kept = artifacts.of(self.settings)
-        self.memory = memory_a_slot(self.slots, self.settings.memory)
+        self.room = Room(memory_of_slots(self.settings.memory))
+        self.memory = self.room.size // self.slots
 
     @property
     def name(self) -> str:
@@ -556,7 +639,10 @@ class Supervisor:
         threading.Thread(target=self._renew, name="renew", daemon=True).start()
 
     def _sign_on(self) -> None:
-        self.worker_id = running.sign_on(self.database, self.name, socket.gethostname(), os.getpid(), self.slots)
+        self.worker_id = running.sign_on(
+            self.database, self.name, socket.gethostname(), os.getpid(), self.slots, self.room.size
+        )
+        self.lacking.clear()
         log.info("signed_on", worker=self.worker_id, slots=self.slots, memory_a_slot=self.memory)
 
     def run(self, chunk_id: int) -> None:
@@ -575,7 +661,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Begin to shut down: slots end after their current jobs, or are cut off after the grace."""
-        self._stop_at = time.monotonic() + GRACE_SECONDS
+        self._stop_at = time.monotonic() + self.settings.grace
         self.stopping = True
 
     def close(self) -> None:
@@ -583,20 +669,47 @@ class Supervisor:
         self._done.set()
         for slot in self._held.values():
             slot._drop_child()
-        running.sign_off(self.database, self.worker_id)
+        if not self._outdated:
+            running.sign_off(self.database, self.worker_id)
+
+    def short_of_disk(self) -> bool:
+        """Whether results, or what a job writes meanwhile, may find no room: nothing more is begun then."""
+        folders = (self.kept.folder, Path(tempfile.gettempdir()))
+        short = next((folder for folder in folders if disk.is_short(folder)), None)
+        if (short is not None) != self._short:
+            self._short = short is not None
+            log.warning("disk_short" if short else "disk_has_room_again", folder=str(short or self.kept.folder))
+        return short is not None
+
+    def _end_outdated(self, schema: str) -> None:
+        log.error("outdated", store=schema, known=SCHEMA, mend="upgrade this installation; this worker ends")
+        self._outdated = True
+        self._done.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _renew(self) -> None:
+        stray: frozenset[int] = frozenset()
         while not self._done.wait(RENEW_SECONDS):
             slots = [slot for slot in list(self._held.values()) if slot.chunk_id is not None]
             current = {slot.chunk_id: slot.current for slot in slots if slot.chunk_id is not None}
             try:
                 renewal = running.renew(self.database, self.worker_id, current)
+                if renewal.schema:
+                    for slot in slots:
+                        slot.stop = "lost"
+                    self._end_outdated(renewal.schema)
+                    return
                 if renewal.lost:
                     log.warning("was_given_up", worker=self.worker_id)
                     for slot in slots:
                         slot.stop = "lost"
                     self._sign_on()
                     continue
+                # Once seen it may be a claim that a slot has just made; for a second it is not.
+                if again := renewal.stray & stray:
+                    log.warning("chunks_given_back", chunks=sorted(again))
+                    running.give_back(self.database, self.worker_id, again)
+                stray = renewal.stray
             except Outage as error:
                 log.warning("store_out", error=str(error.orig))
                 continue

@@ -51,6 +51,9 @@ LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
 LONGEST_NAME, LONGEST_NOTE = 200, 10_000
 # Neither UTF-8 nor PostgreSQL has them all; the others would write on a terminal what is not there.
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+#: More would not be read; and each is a word of a line.
+MOST_TAGS = 20
+_TAG = re.compile(r"[\w.:/=+@-]{1,50}")
 
 
 def check_weight(weight: Any) -> None:
@@ -92,23 +95,65 @@ def check_note(note: Any) -> None:
         raise StoreError(f"the note holds {bad[0]!a}, which is no text; leave it out")
 
 
-def check(name: Any, weight: Any, note: Any) -> None:
-    """Raises StoreError for what a batch cannot have. `begin` asks too: this is for what is done before it."""
+def check_submitter(submitter: Any) -> None:
+    """Raises StoreError for what cannot be the name of a submitter; empty is nobody in particular."""
+    if not isinstance(submitter, str):
+        raise StoreError(f"the submitter is no text but {type(submitter).__name__}")
+    if len(submitter) > LONGEST_NAME or not submitter.isprintable() or submitter != submitter.strip():
+        raise StoreError(
+            f"nobody can be called {ascii(submitter)[:80]}: a submitter is a name of at most {LONGEST_NAME} printable "
+            "characters without a space at its ends; set NETASSAY_SUBMITTER"
+        )
+
+
+def check_tags(tags: Any) -> None:
+    """Raises StoreError for what cannot be kept as tags."""
+    if isinstance(tags, str) or not isinstance(tags, Sequence):
+        raise StoreError(f"tags are a list of words, not {type(tags).__name__}")
+    for tag in tags:
+        if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+            raise StoreError(
+                f"{ascii(tag)[:80]} is no tag: a tag is a word of at most 50 letters, digits and any of . _ : / = + @ -"
+            )
+    if len(tags) > MOST_TAGS:
+        raise StoreError(f"{len(tags)} tags are too many, a batch keeps {MOST_TAGS}")
+
+
+def joined(tags: Sequence[str]) -> str:
+    """Tags as their column holds them, each once."""
+    return " ".join(dict.fromkeys(tags))
+
+
+@dataclass(frozen=True)
+class Particulars:
+    """What is said of a batch beside its jobs. weight: its share of the slots among its submitter's batches."""
+
+    weight: float = 1.0
+    note: str = ""
+    submitter: str = ""
+    tags: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises StoreError for what cannot be kept. `begin` asks too: this is for what is done before it."""
+        check_weight(self.weight)
+        check_note(self.note)
+        check_submitter(self.submitter)
+        check_tags(self.tags)
+
+
+def begin(database: Database, name: str, digest: bytes, size: int, particulars: Particulars = Particulars()) -> int:
+    """Make a batch that is open to nobody yet. Returns its id. Raises StoreError for a name or particulars that cannot
+    be kept."""
     check_name(name)
-    check_weight(weight)
-    check_note(note)
-
-
-def begin(database: Database, name: str, digest: bytes, size: int, weight: float = 1.0, note: str = "") -> int:
-    """Make a batch that is open to nobody yet. Returns its id. Raises StoreError, as `check`."""
-    check(name, weight, note)
+    particulars.check()
     with database.write(beside=True) as connection:
         return connection.execute(
             text(
-                "INSERT INTO batch (name, digest, state, weight, size, submitted_at, note)"
-                " VALUES (:name, :digest, 'arriving', :weight, :size, :now, :note) RETURNING id"
+                "INSERT INTO batch (name, digest, state, weight, size, submitted_at, note, submitter, tags)"
+                " VALUES (:name, :digest, 'arriving', :weight, :size, :now, :note, :submitter, :tags) RETURNING id"
             ),
-            {"name": name, "digest": digest, "weight": float(weight), "size": size, "now": time.time(), "note": note},
+            {"name": name, "digest": digest, "weight": float(particulars.weight), "size": size, "now": time.time(),
+             "note": particulars.note, "submitter": particulars.submitter, "tags": joined(particulars.tags)},
         ).scalar_one()  # fmt: skip
 
 

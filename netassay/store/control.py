@@ -6,7 +6,7 @@ import functools
 
 from sqlalchemy import Connection, text
 
-from netassay.store.arriving import check_weight
+from netassay.store.arriving import check_submitter, check_weight
 from netassay.store.database import Database, StoreError, slices
 from netassay.store.reset import forget_records
 
@@ -56,6 +56,8 @@ def pause(database: Database, name: str) -> bool:
 
 def resume(database: Database, name: str) -> bool:
     """Go on with a paused or cancelled batch; it will not pause itself again. False where it was neither."""
+    # Whoever lacked a method may have it by now.
+    database.transact(lambda connection: connection.execute(text("DELETE FROM worker_lack")))
     return _move(database, name, "open", ("paused", "cancelled"), judged=True)
 
 
@@ -87,10 +89,40 @@ def retry(database: Database, name: str, cause: str | None = None) -> int:
 
 
 def set_weight(database: Database, name: str, weight: float) -> None:
-    """Its share of the slots against other open batches; 1 is usual."""
+    """Its share of the slots against other open batches of its submitter; 1 is usual."""
     check_weight(weight)
     batch_id = batch_id_of(database, name)
     change = text("UPDATE batch SET weight = :weight WHERE id = :id")
     database.transact(
         lambda connection: connection.execute(change, {"id": batch_id, "weight": float(weight)}), durable=True
     )
+
+
+def set_share(database: Database, submitter: str, weight: float) -> None:
+    """A submitter's share of the slots against other submitters with open batches; 1 is usual."""
+    check_weight(weight)
+    check_submitter(submitter)
+    usual = float(weight) == 1.0
+
+    def change(connection: Connection) -> None:
+        connection.execute(text("DELETE FROM submitter WHERE name = :name"), {"name": submitter})
+        if not usual:
+            connection.execute(
+                text("INSERT INTO submitter (name, weight) VALUES (:name, :weight)"),
+                {"name": submitter, "weight": float(weight)},
+            )
+
+    database.transact(change, durable=True)
+
+
+def shares(database: Database) -> dict[str, float]:
+    """Everybody who submitted a batch or has a share of their own -> that share."""
+    with database.read() as connection:
+        rows = connection.execute(
+            text(
+                "SELECT n.name, coalesce(u.weight, 1.0) FROM (SELECT DISTINCT submitter AS name FROM batch"
+                " WHERE state <> 'arriving' UNION SELECT name FROM submitter) n"
+                " LEFT JOIN submitter u ON u.name = n.name ORDER BY n.name"
+            )
+        )
+        return {row[0]: row[1] for row in rows}

@@ -27,12 +27,11 @@ from sqlalchemy.pool import QueuePool
 
 from netassay.errors import NoAnswer, UserError
 from netassay.settings import masked, settings
-from netassay.store import tables
 
 #: A busy database is waited for this long; SQLite's own default is 0.
 BUSY_SECONDS = 30
 #: The newest migration in netassay/store/migrations; a store of another one is refused or upgraded.
-SCHEMA = "0002"
+SCHEMA = "0003"
 #: The first SQLite with RETURNING (March 2021).
 OLDEST_SQLITE = (3, 35, 0)
 #: The oldest PostgreSQL that is still looked after, as `server_version` writes it.
@@ -125,6 +124,11 @@ class Database:
         """Its URL, without passwords."""
         url = self.url.set(drivername=self.url.get_backend_name())  # without the name of our driver
         return masked(url.render_as_string(hide_password=True))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its file is; None where it is a server, whose disk is not ours to look at."""
+        return Path(self.url.database).parent if self.sqlite and self.url.database else None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -221,7 +225,18 @@ class Database:
                 return None
             return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
+    def check_schema(self, connection: Connection) -> None:
+        """For what runs long: raises StoreError where somebody has upgraded the store since `prepare`."""
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+        if found != SCHEMA:
+            raise StoreError(
+                f"the store {self} was upgraded to schema {found}, this program knows {SCHEMA}: upgrade this "
+                "installation and start it again"
+            )
+
     def _create(self) -> None:
+        from netassay.store import tables  # not at the top: it loads what SQLAlchemy has for either database
+
         with self.write(durable=True) as connection:
             if inspect(connection).has_table("alembic_version"):  # another process was faster
                 return
@@ -263,6 +278,8 @@ class Database:
             return connection.exec_driver_sql(statement, rows).rowcount
         if not ignore:
             return _copy(connection, table, columns, rows)
+        from netassay.store import tables
+
         types = tables.metadata.tables[table].columns
         arrays = ", ".join(f"%s::{types[name].type.compile(self.engine.dialect)}[]" for name in columns)
         statement = f"INSERT INTO {table} ({', '.join(columns)}) SELECT * FROM unnest({arrays}) ON CONFLICT DO NOTHING"
@@ -280,21 +297,56 @@ class Database:
                 time.sleep(pause)
                 pause = min(2 * pause, 2.0)
 
+    def watch(self) -> Callable[[], bool] | None:
+        """A function that says whether anybody has written since it was last called, for a few microseconds a call; at
+        first it says yes. None where the question would cost as much as to look: of a server.
+        """
+        if not self.sqlite:
+            return None
+        # The number is that of one connection: it changes with what others write.
+        held = self.engine.raw_connection()
+        seen = None
+
+        def changed() -> bool:
+            nonlocal seen
+            before = seen
+            try:
+                seen = held.cursor().execute("PRAGMA data_version").fetchall()
+            except sqlite3.Error:  # whoever looks properly hears of it
+                return False
+            return seen != before
+
+        return changed
+
     def dispose(self) -> None:
         self.engine.dispose()
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+    _keep_journal(cursor)
     for pragma in (
-        f"busy_timeout={BUSY_SECONDS * 1000}",
-        "journal_mode=WAL",
         "synchronous=NORMAL",
         "cache_size=-65536",  # 64 MiB
         "temp_store=MEMORY",
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _keep_journal(cursor: sqlite3.Cursor) -> None:
+    """Switch to the write-ahead log. Where others open the new file at the same moment, SQLite refuses the switch at
+    once instead of waiting, since both would wait for each other."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _prepare_postgres(connection: Any, _: Any) -> None:

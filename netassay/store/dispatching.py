@@ -9,8 +9,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Row, text
 
@@ -29,6 +29,11 @@ CHUNK_JOBS = 10_000
 LOSSES_SUSPECT = 3
 #: A segment none of which is cut into chunks yet, one with some left: the conditions of the indexes in `tables`.
 FRESH, LEFT = "s.waiting = 0 AND s.next = s.start AND s.next < s.stop", "s.waiting = 0 AND s.next < s.stop"
+#: A job takes no less than this, whatever a clock or a prediction says; 0 would mean chunks without bound.
+LEAST_SECONDS = 1e-6
+#: What a job of segment `s` of method `m` is predicted to take: as measured; else as its method predicts, by as much
+#: more or less as the newest jobs of that method took. Jobs of one method may differ a thousandfold, and it knows that.
+PREDICTED = "coalesce(s.seconds, s.hint * m.seconds, s.hint)"
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,52 @@ class Message:
 
 @dataclass(frozen=True)
 class WorkerSeen:
+    """memory: bytes its slots may use; 0: not told."""
+
     id: int
     name: str
     counter: int
     slots: int
+    memory: int = 0
 
 
 def alive_workers(connection: Connection) -> list[WorkerSeen]:
-    rows = connection.execute(text("SELECT id, name, counter, slots FROM worker WHERE state = 'alive'"))
+    rows = connection.execute(text("SELECT id, name, counter, slots, memory FROM worker WHERE state = 'alive'"))
     return [WorkerSeen(*row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the alive workers have between them; what asks for more is not published. memory: bytes of the largest one,
+    None where that is not known; lacked: versions of methods (their ids) that none of them could load, with the reason
+    that one of them gave."""
+
+    memory: int | None = None
+    lacked: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def takes(self) -> str:
+        """The condition on a segment `s`, for SQL."""
+        conditions = ["1 = 1"]
+        if self.memory is not None:
+            conditions.append(f"coalesce(s.memory_limit, 0) <= {self.memory}")
+        if self.lacked:
+            conditions.append(f"s.method_id NOT IN ({', '.join(map(str, sorted(self.lacked)))})")
+        return " AND ".join(conditions)
+
+
+def offer(connection: Connection, workers: Sequence[WorkerSeen]) -> Offer:
+    if not workers:  # whoever comes may have all
+        return Offer()
+    memory = max(worker.memory for worker in workers) if all(worker.memory for worker in workers) else None
+    lacked = connection.execute(
+        text(
+            "SELECT l.method_id, min(l.reason) FROM worker_lack l JOIN worker w ON w.id = l.worker_id"
+            " WHERE w.state = 'alive' GROUP BY l.method_id HAVING count(*) = :all"
+        ),
+        {"all": len(workers)},
+    )
+    return Offer(memory, {row[0]: row[1] for row in lacked})
 
 
 @dataclass(frozen=True)
@@ -72,7 +114,7 @@ class Waiting:
 def waiting(connection: Connection) -> Waiting:
     row = connection.execute(
         text(
-            "SELECT count(*), coalesce(sum((c.stop - c.start) * coalesce(s.seconds, m.seconds, s.hint)), 0)"
+            f"SELECT count(*), coalesce(sum((c.stop - c.start) * {PREDICTED}), 0)"
             " FROM chunk c JOIN segment s ON s.id = c.segment_id JOIN method_version m ON m.id = s.method_id"
             " WHERE c.state = 'published'"
         )
@@ -89,22 +131,81 @@ def backlog(connection: Connection) -> Backlog:
 
 @dataclass(frozen=True)
 class OpenBatch:
+    """weight: its share among its submitter's batches; share: that of its submitter among all."""
+
     id: int
     name: str
     weight: float
+    submitter: str = ""
+    share: float = 1.0
 
 
-def open_batches(connection: Connection) -> list[OpenBatch]:
-    """Batches with something to publish now, oldest first."""
+def open_batches(connection: Connection, offered: Offer = Offer()) -> list[OpenBatch]:
+    """Batches with something to publish now that somebody can run, oldest first."""
     rows = connection.execute(
         text(
-            "SELECT id, name, weight FROM batch b WHERE state = 'open' AND ("
-            f" EXISTS (SELECT 1 FROM segment s{_by(connection, 'segment_left')} WHERE s.batch_id = b.id AND {LEFT})"
-            " OR EXISTS (SELECT 1 FROM chunk c JOIN segment s ON s.id = c.segment_id"
-            "  WHERE c.state = 'ready' AND c.batch_id = b.id AND s.waiting = 0)) ORDER BY id"
+            "SELECT b.id, b.name, b.weight, b.submitter, coalesce(u.weight, 1.0) FROM batch b"
+            " LEFT JOIN submitter u ON u.name = b.submitter WHERE b.state = 'open' AND"
+            f" {_has_some(connection, offered)} ORDER BY b.id"
         )
     )
     return [OpenBatch(*row) for row in rows]
+
+
+def _has_some(connection: Connection, offered: Offer) -> str:
+    """The condition on a batch `b` that something of it can be published."""
+    return (
+        f"(EXISTS (SELECT 1 FROM segment s{_by(connection, 'segment_left')} WHERE s.batch_id = b.id AND {LEFT}"
+        f" AND {offered.takes}) OR EXISTS (SELECT 1 FROM chunk c JOIN segment s ON s.id = c.segment_id"
+        f" WHERE c.state = 'ready' AND c.batch_id = b.id AND s.waiting = 0 AND {offered.takes}))"
+    )
+
+
+def unfit(connection: Connection, offered: Offer) -> dict[int, str]:
+    """Open batches of which nothing can go on though something is left, as no alive worker takes it: id -> why."""
+    if offered.takes == Offer().takes:
+        return {}
+    rows = connection.execute(
+        text(
+            "SELECT b.id FROM batch b WHERE b.state = 'open'"
+            f" AND {_has_some(connection, Offer())} AND NOT {_has_some(connection, offered)} AND NOT EXISTS"
+            " (SELECT 1 FROM chunk c WHERE c.batch_id = b.id AND c.state IN ('published', 'claimed', 'blocked'))"
+        )
+    ).all()
+    return {row.id: _why_unfit(connection, row.id, offered) for row in rows}
+
+
+def _why_unfit(connection: Connection, batch_id: int, offered: Offer) -> str:
+    left = connection.execute(
+        text(
+            "SELECT max(s.memory_limit) AS memory, min(s.method_id) AS method_id FROM segment s"
+            f" WHERE s.batch_id = :b AND s.waiting = 0 AND NOT ({offered.takes}) AND (s.next < s.stop OR EXISTS"
+            " (SELECT 1 FROM chunk c WHERE c.segment_id = s.id AND c.state = 'ready'))"
+        ),
+        {"b": batch_id},
+    ).one()
+    if left.method_id in offered.lacked:
+        return f"no worker could load its method: {offered.lacked[left.method_id]}"
+    return (
+        f"its jobs may use {left.memory / 1e9:,.1f} GB, the slots of the largest worker"
+        f" {(offered.memory or 0) / 1e9:,.1f} GB; start a worker with more (NETASSAY_MEMORY), then resume it, or submit"
+        " them with a lower limit under another name"
+    )
+
+
+def pause_unfit(database: Database, offered: Offer, batch_ids: Collection[int]) -> list[str]:
+    """Pause those of these batches that are still unfit. Returns what to say about each."""
+    said = []
+    with database.write() as connection:
+        for batch_id, why in unfit(connection, offered).items():
+            if batch_id not in batch_ids:
+                continue
+            name = connection.execute(
+                text("UPDATE batch SET state = 'paused', reason = :why WHERE id = :id RETURNING name"),
+                {"id": batch_id, "why": why},
+            ).scalar_one()
+            said.append(f"batch {name} paused itself: {why}")
+    return said
 
 
 def _by(connection: Connection, index: str) -> str:
@@ -113,17 +214,17 @@ def _by(connection: Connection, index: str) -> str:
     return f" INDEXED BY {index}" if connection.dialect.name == "sqlite" else ""
 
 
-def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Message | None:
+def publish_next(connection: Connection, batch: OpenBatch, slots: int, offered: Offer = Offer()) -> Message | None:
     """Within a write transaction: mark the batch's next chunk as published.
 
     Order: chunks given back; the first job of each segment, alone, so that a mistake shows early; the rest.
     """
     row = connection.execute(
         text(
-            "SELECT c.id, c.start, c.stop, s.id AS segment_id, s.hint, s.seconds, s.group_size, s.label,"
-            " m.name AS method, m.seconds AS method_seconds"
+            "SELECT c.id, c.start, c.stop, s.id AS segment_id, s.group_size, s.label, m.name AS method,"
+            f" {PREDICTED} AS predicted"
             " FROM chunk c JOIN segment s ON s.id = c.segment_id JOIN method_version m ON m.id = s.method_id"
-            " WHERE c.state = 'ready' AND c.batch_id = :b AND s.waiting = 0 ORDER BY c.id LIMIT 1"
+            f" WHERE c.state = 'ready' AND c.batch_id = :b AND s.waiting = 0 AND {offered.takes} ORDER BY c.id LIMIT 1"
         ),
         {"b": batch.id},
     ).one_or_none()
@@ -141,8 +242,8 @@ def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Messag
                 {"s": row.segment_id, "b": batch.id, "start": stop, "stop": row.stop},
             )
     else:
-        row = _next_segment(connection, batch, "segment_fresh", FRESH) or _next_segment(
-            connection, batch, "segment_left", LEFT
+        row = _next_segment(connection, batch, "segment_fresh", f"{FRESH} AND {offered.takes}") or _next_segment(
+            connection, batch, "segment_left", f"{LEFT} AND {offered.takes}"
         )
         if row is None:
             return None
@@ -159,7 +260,7 @@ def publish_next(connection: Connection, batch: OpenBatch, slots: int) -> Messag
         ).scalar_one()
     _mark(connection, chunk_id)
     label = f"{batch.name} / {row.method}{f' on {row.label}' if row.label else ''} / {start}..{stop - 1}"
-    return Message(chunk_id, label, seconds=_seconds_a_job(row) * (stop - start))
+    return Message(chunk_id, label, seconds=row.predicted * (stop - start))
 
 
 def _next_segment(connection: Connection, batch: OpenBatch, index: str, condition: str) -> Row | None:
@@ -167,8 +268,8 @@ def _next_segment(connection: Connection, batch: OpenBatch, index: str, conditio
     and sort."""
     return connection.execute(
         text(
-            "SELECT s.id AS segment_id, s.start, s.stop, s.next, s.hint, s.seconds, s.group_size, s.label,"
-            " m.name AS method, m.seconds AS method_seconds"
+            "SELECT s.id AS segment_id, s.start, s.stop, s.next, s.group_size, s.label, m.name AS method,"
+            f" {PREDICTED} AS predicted"
             f" FROM segment s{_by(connection, index)} LEFT JOIN method_version m ON m.id = s.method_id"
             f" WHERE s.batch_id = :b AND {condition} ORDER BY s.start LIMIT 1"
         ),
@@ -176,13 +277,8 @@ def _next_segment(connection: Connection, batch: OpenBatch, index: str, conditio
     ).one_or_none()
 
 
-def _seconds_a_job(row: Row) -> float:
-    """The newest timing of the segment, else of the method, else the method's own hint."""
-    return next(value for value in (row.seconds, row.method_seconds, row.hint) if value is not None)
-
-
 def _jobs_a_chunk(row: Row, left: int, slots: int, share: bool) -> int:
-    seconds = max(_seconds_a_job(row), 1e-6)
+    seconds = max(row.predicted, LEAST_SECONDS)
     jobs = min(CHUNK_JOBS, max(1, int(CHUNK_SECONDS / seconds)))
     if jobs >= row.group_size:
         jobs -= jobs % row.group_size  # a broken group costs as much as a whole one where jobs vectorise
@@ -246,6 +342,7 @@ def reclaim(database: Database, worker_id: int, counter: int) -> int | None:
         ).rowcount
         if not lost:
             return None
+        connection.execute(text("DELETE FROM worker_lack WHERE worker_id = :id"), {"id": worker_id})
         chunks = connection.execute(
             text("SELECT id, token FROM chunk WHERE worker_id = :id AND state = 'claimed'"), {"id": worker_id}
         ).all()
@@ -288,6 +385,18 @@ def release(connection: Connection, chunk_id: int, state: str = "ready") -> None
     connection.execute(
         text("UPDATE chunk SET state = :state, token = NULL, worker_id = NULL, current = NULL WHERE id = :id"),
         {"id": chunk_id, "state": state},
+    )
+
+
+def retire_workers(connection: Connection) -> None:
+    """Give up all workers, for no fault of theirs or of their jobs: the store changes under them."""
+    connection.execute(text("UPDATE worker SET state = 'lost' WHERE state = 'alive'"))
+    connection.execute(text("DELETE FROM running"))
+    connection.execute(
+        text(
+            "UPDATE chunk SET state = 'ready', token = NULL, worker_id = NULL, current = NULL"
+            " WHERE state IN ('claimed', 'published')"
+        )
     )
 
 

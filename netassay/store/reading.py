@@ -35,6 +35,8 @@ class Progress:
     weight: float
     submitted_at: float
     note: str = ""
+    submitter: str = ""
+    tags: tuple[str, ...] = ()
 
     @property
     def ended(self) -> int:
@@ -61,7 +63,7 @@ class Progress:
 _PROGRESS = (
     "SELECT b.id, b.name, b.state, b.reason, b.size, coalesce(sum(c.done), 0) AS done,"
     " coalesce(sum(c.not_applicable), 0) AS not_applicable, coalesce(sum(c.failed), 0) AS failed,"
-    " b.weight, b.submitted_at, b.note FROM batch b LEFT JOIN chunk c ON c.batch_id = b.id"
+    " b.weight, b.submitted_at, b.note, b.submitter, b.tags FROM batch b LEFT JOIN chunk c ON c.batch_id = b.id"
     " WHERE b.state <> 'arriving'{} GROUP BY b.id ORDER BY b.id DESC"
 )
 
@@ -82,6 +84,7 @@ def _progress(connection: Connection, batch_id: int | None) -> list[Progress]:
     for row in connection.execute(text(_PROGRESS.format(" AND b.id = :id" if values else "")), values):
         fields = row._asdict()
         fields |= {name: int(fields[name]) for name in ENDS}
+        fields["tags"] = tuple(fields["tags"].split())
         if sum(fields[name] for name in ENDS) == row.size and row.state == "open":
             fields["state"] = "finished"  # the dispatcher writes it down a moment later
         found.append(Progress(running=running.get(fields.pop("id"), 0), **fields))

@@ -22,8 +22,8 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from netassay import faults
 from netassay.job import ENDS
-from netassay.store.database import Database
-from netassay.store.dispatching import LOSSES_SUSPECT, release
+from netassay.store.database import SCHEMA, Database
+from netassay.store.dispatching import LEAST_SECONDS, LOSSES_SUSPECT, PREDICTED, release
 from netassay.store.reset import make_ready
 
 #: What a database, or its driver before it, raises for values it does not take.
@@ -94,15 +94,17 @@ class Death:
     log: str
 
 
-def sign_on(database: Database, name: str, host: str, pid: int, slots: int) -> int:
+def sign_on(database: Database, name: str, host: str, pid: int, slots: int, memory: int = 0) -> int:
+    """A worker joins. memory: bytes that its slots together may use; 0: not told. Returns its id."""
     with database.write(beside=True) as connection:
         return connection.execute(
             text(
-                "INSERT INTO worker (name, host, pid, slots, state, started_at)"
-                " VALUES (:name, :host, :pid, :slots, 'alive', :now) RETURNING id"
+                "INSERT INTO worker (name, host, pid, slots, memory, schema, state, started_at)"
+                " VALUES (:name, :host, :pid, :slots, :memory, :schema, 'alive', :now) RETURNING id"
             ),
-            {"name": name, "host": host, "pid": pid, "slots": slots, "now": time.time()},
-        ).scalar_one()
+            {"name": name, "host": host, "pid": pid, "slots": slots, "memory": memory, "schema": SCHEMA,
+             "now": time.time()},
+        ).scalar_one()  # fmt: skip
 
 
 def sign_off(database: Database, worker_id: int) -> None:
@@ -115,6 +117,28 @@ def sign_off(database: Database, worker_id: int) -> None:
             release(connection, chunk_id)
         connection.execute(
             text("UPDATE worker SET state = 'stopped' WHERE id = :id AND state = 'alive'"), {"id": worker_id}
+        )
+        connection.execute(text("DELETE FROM worker_lack WHERE worker_id = :id"), {"id": worker_id})
+
+
+def lacks(database: Database, worker_id: int, method_id: int, reason: str) -> None:
+    """Write down that this worker could not load a version of a method: as long as all say so, none is handed out."""
+    with database.write(beside=True) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO worker_lack (worker_id, method_id, reason) VALUES (:worker, :method, :reason)"
+                " ON CONFLICT (worker_id, method_id) DO UPDATE SET reason = :reason"
+            ),
+            {"worker": worker_id, "method": method_id, "reason": reason},
+        )
+
+
+def has(database: Database, worker_id: int, method_id: int) -> None:
+    """Take back what `lacks` wrote down."""
+    with database.write(beside=True) as connection:
+        connection.execute(
+            text("DELETE FROM worker_lack WHERE worker_id = :worker AND method_id = :method"),
+            {"worker": worker_id, "method": method_id},
         )
 
 
@@ -131,17 +155,23 @@ def provenance_id(database: Database, digest: str, body: str) -> int:
 
 @dataclass(frozen=True)
 class Renewal:
-    """What a worker learns when it renews: lost: it was given up and must sign on anew; the chunks of its own to stop
-    at once (cancelled) and after the jobs they run now (paused)."""
+    """What a worker learns when it renews. lost: it was given up and must sign on anew; schema: of the store now, where
+    it is not the one this program knows; the chunks of its own to stop at once (cancelled) and after the jobs they run
+    now (paused); stray: those that it has not in hand."""
 
     lost: bool
+    schema: str
     cancelled: frozenset[int]
     paused: frozenset[int]
+    stray: frozenset[int] = frozenset()
 
 
 def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int]]) -> Renewal:
-    """Show a sign of life, with the jobs that run now (chunk -> jobs), and look what has been asked of us."""
+    """Show a sign of life, with the jobs that run now (chunk in hand -> jobs), and look what has been asked of us."""
     with database.write(beside=True) as connection:
+        schema = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+        if schema != SCHEMA:  # what else there is may mean something else now
+            return Renewal(True, schema, frozenset(), frozenset())
         alive = connection.execute(
             text("UPDATE worker SET counter = counter + 1 WHERE id = :id AND state = 'alive'"), {"id": worker_id}
         ).rowcount
@@ -160,11 +190,30 @@ def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int
             ),
             {"id": worker_id},
         ).all()
+        claimed = connection.execute(
+            text("SELECT id FROM chunk WHERE state = 'claimed' AND worker_id = :id"), {"id": worker_id}
+        ).scalars()
+        stray = frozenset(claimed) - current.keys()
     return Renewal(
         lost=not alive,
+        schema="",
         cancelled=frozenset(row.id for row in rows if row.state == "cancelled"),
         paused=frozenset(row.id for row in rows if row.state != "cancelled"),
+        stray=stray,
     )
+
+
+def give_back(database: Database, worker_id: int, chunk_ids: Iterable[int]) -> None:
+    """Release chunks of a worker that it has not in hand: the store has forgotten their end, as PostgreSQL may when it
+    crashes, or the answer to their claim never came. As long as the worker lives, nobody else would."""
+    with database.write() as connection:
+        for chunk_id in sorted(chunk_ids):
+            ours = connection.execute(
+                text("SELECT 1 FROM chunk WHERE id = :id AND worker_id = :worker AND state = 'claimed'"),
+                {"id": chunk_id, "worker": worker_id},
+            ).one_or_none()
+            if ours:
+                release(connection, chunk_id)
 
 
 def new_token() -> str:
@@ -179,7 +228,8 @@ def claim(database: Database, worker_id: int, chunk_id: int, token: str = "") ->
     finds what that took.
 
     None where there is nothing to do: claimed by another, its batch is not open, its needs are to be built anew, or
-    this worker was given up. The claim is the acknowledgement.
+    this worker was given up, as all are whose program knows another schema than the store has. The claim is the
+    acknowledgement.
     """
     token = token or new_token()
     with database.write(beside=True) as connection:
@@ -187,7 +237,7 @@ def claim(database: Database, worker_id: int, chunk_id: int, token: str = "") ->
             text(
                 "SELECT c.id, c.batch_id, c.segment_id, c.start, c.stop, c.state, c.token, c.serial,"
                 " b.state AS batch_state, s.waiting, s.method_id, s.time_limit, s.memory_limit, s.group_size,"
-                " s.libraries, coalesce(s.seconds, m.seconds, s.hint) AS seconds, m.name, m.version"
+                f" s.libraries, {PREDICTED} AS seconds, m.name, m.version"
                 " FROM chunk c JOIN batch b ON b.id = c.batch_id JOIN segment s ON s.id = c.segment_id"
                 " JOIN method_version m ON m.id = s.method_id WHERE c.id = :id"
                 + ("" if database.sqlite else " FOR UPDATE OF c")  # of two that claim it, one waits here for the other
@@ -195,11 +245,16 @@ def claim(database: Database, worker_id: int, chunk_id: int, token: str = "") ->
             {"id": chunk_id},
         ).one_or_none()
         ours = chunk is not None and chunk.state == "claimed" and chunk.token == token
-        if chunk is None or not (ours or chunk.state in ("published", "ready")):
+        guarded = faults.guarded("claim")
+        if chunk is None or (guarded and not (ours or chunk.state in ("published", "ready"))):
             return None
         # Once a worker has been declared lost nobody watches it any more: what it took then would never be taken back.
         alive = connection.execute(
-            text("SELECT 1 FROM worker WHERE id = :id AND state = 'alive'"), {"id": worker_id}
+            text(
+                "SELECT 1 FROM worker w JOIN alembic_version v ON v.version_num = w.schema"
+                " WHERE w.id = :id AND w.state = 'alive'"
+            ),
+            {"id": worker_id},
         ).one_or_none()
         if chunk.batch_state != "open" or chunk.waiting or not alive:
             release(connection, chunk_id)
@@ -208,7 +263,7 @@ def claim(database: Database, worker_id: int, chunk_id: int, token: str = "") ->
         taken = connection.execute(
             text(
                 "UPDATE chunk SET state = 'claimed', token = :token, worker_id = :worker"
-                " WHERE id = :id AND (state IN ('ready', 'published') OR token = :token)"
+                " WHERE id = :id" + (" AND (state IN ('ready', 'published') OR token = :token)" if guarded else "")
             ),
             {"id": chunk_id, "token": token, "worker": worker_id},
         ).rowcount
@@ -234,8 +289,9 @@ def claim(database: Database, worker_id: int, chunk_id: int, token: str = "") ->
         rows = connection.execute(
             text(
                 "SELECT j.id, j.params FROM membership m"
-                " JOIN running u ON u.job_id = m.job_id JOIN job j ON j.id = m.job_id"
-                " WHERE m.batch_id = :batch AND m.ordinal >= :start AND m.ordinal < :stop AND u.chunk_id = :chunk"
+                + (" JOIN running u ON u.job_id = m.job_id AND u.chunk_id = :chunk" if guarded else "")
+                + " JOIN job j ON j.id = m.job_id"
+                " WHERE m.batch_id = :batch AND m.ordinal >= :start AND m.ordinal < :stop"
                 " ORDER BY m.ordinal"
             ),
             {"chunk": chunk_id, "batch": chunk.batch_id, "start": chunk.start, "stop": chunk.stop},
@@ -407,9 +463,14 @@ def _finish(
         connection.execute(text("DELETE FROM running WHERE chunk_id = :id"), {"id": claim.chunk_id})
         _settle(connection, claim)
         if seconds_a_job is not None:
-            values = {"seconds": seconds_a_job, "segment": claim.segment_id, "method": claim.method_id}
-            connection.execute(text("UPDATE segment SET seconds = :seconds WHERE id = :segment"), values)
-            connection.execute(text("UPDATE method_version SET seconds = :seconds WHERE id = :method"), values)
+            hint = connection.execute(
+                text("UPDATE segment SET seconds = :seconds WHERE id = :segment RETURNING hint"),
+                {"seconds": seconds_a_job, "segment": claim.segment_id},
+            ).scalar_one()
+            connection.execute(
+                text("UPDATE method_version SET seconds = :share WHERE id = :method"),
+                {"share": seconds_a_job / max(hint, LEAST_SECONDS), "method": claim.method_id},
+            )
 
 
 RECORD = (

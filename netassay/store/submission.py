@@ -14,7 +14,19 @@ from sqlalchemy import Connection, TextClause, text
 
 from netassay import faults
 from netassay.job import BUILDER, DETERMINISTIC, Segment
-from netassay.store.arriving import Arrival, Opened, begin, check, discard, ids_of, opened, recipe_of
+from netassay.store.arriving import (
+    MOST_TAGS,
+    Arrival,
+    Opened,
+    Particulars,
+    begin,
+    check_name,
+    discard,
+    ids_of,
+    joined,
+    opened,
+    recipe_of,
+)
 from netassay.store.database import PATIENCE, Database, Outage, StoreError, slices
 from netassay.store.reset import forget_records
 
@@ -60,20 +72,21 @@ def submit(
     name: str,
     segments: Sequence[Segment],
     names: Mapping[str, str],
-    weight: float = 1.0,
+    particulars: Particulars = Particulars(),
     progress: Callable[[float], None] = lambda share: None,
-    note: str = "",
     append: bool = False,
     fresh: bool = False,
 ) -> Submitted:
     """Add a batch durably: when this returns, neither a killed process nor a power cut loses a job.
 
     The same name with the same jobs adds nothing (a cancelled batch is opened again). With other jobs it raises
-    NameTaken, unless `append`: then those the batch does not hold are put behind its own; its weight stays, and a note
-    replaces its note. `fresh`: jobs whose outcome is known run again, in every batch that holds them. Raises StoreError
-    too, as `arriving.check`.
+    NameTaken, unless `append`: then those the batch does not hold are put behind its own; its weight and
+    submitter stay, a note replaces its note, tags are added. `fresh`: jobs whose outcome is known run again, in every
+    batch that holds them. Raises StoreError too for a name or particulars that cannot be kept.
     """
-    check(name, weight, note)
+    check_name(name)
+    particulars.check()
+    order = _Order(database, name, segments, names, particulars, fresh, progress)
     while True:
         found = database.persist(PATIENCE, lambda: _named(database, name))
         if found is not None and found.digest == digest_of(segments):
@@ -82,8 +95,8 @@ def submit(
             raise _taken(name, found)
         try:
             if found is None:
-                return _submit(_Order(database, name, segments, names, weight, note, fresh, progress))
-            return _append(_Order(database, name, segments, names, weight, note, fresh, progress), found)
+                return _submit(order)
+            return _append(order, found)
         except _Changed:
             continue
 
@@ -96,8 +109,7 @@ class _Order:
     name: str
     segments: Sequence[Segment]
     names: Mapping[str, str]
-    weight: float
-    note: str
+    particulars: Particulars
     fresh: bool
     progress: Callable[[float], None]
 
@@ -160,19 +172,30 @@ def _append(order: _Order, found: Opened) -> Submitted:
             connection.execute(text("DELETE FROM batch WHERE id = :id"), {"id": arrival.batch_id})
             connection.execute(
                 text(
-                    "UPDATE batch SET size = :size, digest = :digest, note = CASE WHEN :note = '' THEN note ELSE :note"
-                    " END, state = CASE WHEN state IN ('finished', 'cancelled') THEN 'open' ELSE state END"
+                    "UPDATE batch SET size = :size, digest = :digest, tags = :tags,"
+                    " note = CASE WHEN :note = '' THEN note ELSE :note END,"
+                    " state = CASE WHEN state IN ('finished', 'cancelled') THEN 'open' ELSE state END"
                     " WHERE id = :id"
                 ),
-                {"id": found.id, "size": arrival.base + len(arrival.ids), "digest": digest, "note": order.note},
-            )
+                {"id": found.id, "size": arrival.base + len(arrival.ids), "digest": digest,
+                 "note": order.particulars.note, "tags": _more_tags(connection, found.id, order.particulars.tags)},
+            )  # fmt: skip
 
         order.database.transact(join, durable=True)
     faults.reach("submit.opened")
-    added, known = len(arrival.ids), len(arrival.known)
+    added, known, rerun = len(arrival.ids), len(arrival.known), arrival.rerun
+    if order.fresh:  # those it held already too
+        held = [key for segment in order.segments for key in segment.keys if key in holds]
+        rerun += _forget(order.database, _ids_in(order.database, found.id, held), kept=())
     return Submitted(
-        found.id, order.name, found.size + added, new=added - known, known=known, rerun=arrival.rerun, appended=added
+        found.id, order.name, found.size + added, new=added - known, known=known, rerun=rerun, appended=added
     )
+
+
+def _more_tags(connection: Connection, batch_id: int, tags: Sequence[str]) -> str:
+    """The batch's tags and these, as many as are kept."""
+    there = connection.execute(text("SELECT tags FROM batch WHERE id = :id"), {"id": batch_id}).scalar_one()
+    return joined([*there.split(), *tags][:MOST_TAGS])
 
 
 def _part(segment: Segment, places: Sequence[int]) -> Segment:
@@ -245,7 +268,7 @@ def _ids_in(database: Database, batch_id: int, keys: Sequence[bytes] | None) -> 
 def _arriving(order: _Order, segments: Sequence[Segment], digest: bytes, base: int = 0) -> Iterator[Arrival]:
     """A batch with its jobs and memberships written, open to nobody yet; discarded where the block raises."""
     database, size = order.database, sum(len(segment.keys) for segment in segments)
-    batch_id = database.persist(PATIENCE, lambda: begin(database, order.name, digest, size, order.weight, order.note))
+    batch_id = database.persist(PATIENCE, lambda: begin(database, order.name, digest, size, order.particulars))
     try:
         arrival = Arrival(database, segments, order.progress, batch_id, base, order.names)
         arrival.builders = _built_elsewhere(order, segments)

@@ -57,7 +57,7 @@ method_version = Table(
     Column("id", Integer, primary_key=True),
     Column("name", Text, nullable=False),
     Column("version", Integer, nullable=False),
-    Column("seconds", Float, comment="newest measured seconds a job"),
+    Column("seconds", Float, comment="newest measured seconds a job, for each that it predicted"),
     Index("method_version_name", "name", "version", unique=True),
 )
 
@@ -92,9 +92,19 @@ batch = Table(
     Column("size", Integer, nullable=False),
     Column("submitted_at", Float, nullable=False, comment="seconds since 1970"),
     Column("note", Text, nullable=False, server_default="", comment="whatever its submitter wants remembered"),
+    Column("submitter", Text, nullable=False, server_default="", comment="who submitted it; empty: not known"),
+    Column("tags", Text, nullable=False, server_default="", comment="words, separated by spaces"),
     # One name, one batch; while arriving, rival submissions of one name may coexist and the first to open wins.
     _partial("batch_name", "name", where="state <> 'arriving'", unique=True),
     sqlite_autoincrement=True,
+)
+
+submitter = Table(
+    "submitter",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("weight", Float, nullable=False),
+    comment="submitters whose share of the slots is not the usual 1",
 )
 
 segment = Table(
@@ -230,7 +240,19 @@ worker = Table(
     Column("counter", BigInteger, nullable=False, server_default="0"),
     Column("state", Text, nullable=False, comment="alive, stopped, lost"),
     Column("started_at", Float, nullable=False),
+    Column("memory", BigInteger, nullable=False, server_default="0", comment="bytes its slots may use; 0: not told"),
+    # No default: a program that does not know this column must not be able to sign on.
+    Column("schema", Text, nullable=False, comment="of the store that its program knows"),
     sqlite_autoincrement=True,
+)
+
+worker_lack = Table(
+    "worker_lack",
+    metadata,
+    Column("worker_id", _Id, primary_key=True, autoincrement=False),
+    Column("method_id", Integer, primary_key=True, autoincrement=False),
+    Column("reason", Text, nullable=False),
+    comment="versions of methods that a worker could not load when it was handed jobs of them",
 )
 
 provenance = Table(
@@ -242,9 +264,13 @@ provenance = Table(
 )
 
 
+def counters() -> dict[str, int]:
+    """What the table `lab` of a new store holds: counters at their start, and an id at random."""
+    return {"next_job": 1, "published": 0, "claimed": 0, "incarnation": 0, "id": secrets.randbits(48)}
+
+
 def create(connection: Connection) -> None:
     """All tables, empty, and the counters at their start."""
     metadata.create_all(connection)
-    counters = {"next_job": 1, "published": 0, "claimed": 0, "incarnation": 0, "id": secrets.randbits(48)}
-    for name, value in counters.items():
+    for name, value in counters().items():
         connection.execute(lab.insert(), {"name": name, "value": value})

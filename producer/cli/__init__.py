@@ -91,13 +91,18 @@ def _end(error: BaseException | None) -> int:
             assert error is not None
             raise error
     try:
-        print(f"netassay: {words}", file=sys.stderr)
+        print(f"netassay: {_harmless(words)}", file=sys.stderr)
         if "--json" in sys.argv:
             print_output("error", {"error": words, "exit_code": code, "rows": [str(row) for row in rows]})
         sys.stdout.flush()
     except OSError:  # such as the full disk that is told of
         _discard_output()
     return code
+
+
+def _harmless(words: str) -> str:
+    """With control characters written out: what is quoted from a file must not reach the terminal as commands."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in words)
 
 
 def _nobody_reads() -> bool:

@@ -1,4 +1,4 @@
-"""Verbs of batches: submit, watch, wait, batches, pause, resume, cancel, retry, weight, logs."""
+"""Verbs of batches: submit, watch, wait, batches, pause, resume, cancel, retry, weight, share, logs."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def submit(
     fresh: Annotated[bool, typer.Option("--fresh", help="Compute again what the store knows already.")] = False,
     weight: Annotated[float, typer.Option(help="Share of the slots against other batches.", min=0.001, max=1000)] = 1.0,
     note: Annotated[str, typer.Option(help="A remark kept with the batch.")] = "",
+    tag: Annotated[list[str], typer.Option(help="A word to find the batch by; several times for several.")] = [],  # noqa: B006
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Leave bad rows out instead of refusing all.")
     ] = False,
@@ -77,7 +78,7 @@ def submit(
     with working("submitting") as progress:
         prepared, outcome = submission.submit(
             what, config, name or None, weight, skip_invalid, progress,
-            method=method, note=note, append=append, fresh=fresh, stdin=sys.stdin.buffer,
+            method=method, note=note, tags=tag, append=append, fresh=fresh, stdin=sys.stdin.buffer,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     from producer import lab
@@ -239,6 +240,8 @@ def batches(
         str, typer.Argument(help="Only those so named, e.g. 'digits*'.", autocompletion=batch_names)
     ] = "*",
     state: Annotated[str, typer.Option(help="Only those in this state: open, paused, cancelled, finished.")] = "",
+    tag: Annotated[str, typer.Option(help="Only those with this tag.")] = "",
+    submitter: Annotated[str, typer.Option(help="Only those of this submitter.")] = "",
     limit: Annotated[int, typer.Option(help="Rows of the table, newest first; 0: all. JSON has all.", min=0)] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -251,14 +254,22 @@ def batches(
         raise UserError(f"{state!r} is no state of a batch; states are: {', '.join(states)}")
     with busy("counting"):
         everything = reading.batches(open_store())
-    found = [b for b in everything if fnmatch.fnmatchcase(b.name, pattern) and state in ("", b.state)]
+    found = [
+        b
+        for b in everything
+        if fnmatch.fnmatchcase(b.name, pattern)
+        and state in ("", b.state)
+        and submitter in ("", b.submitter)
+        and (not tag or tag in b.tags)
+    ]
     if as_json:
         print_output("batches", [batch.as_dict() for batch in found])
         return
     if not everything:
         print("no batch was submitted yet; try: netassay submit FILE --name NAME")
     elif not found:
-        print(f"no batch is so named and in that state, of {len(everything):,}" if state else "no batch is so named")
+        narrowed = state or tag or submitter
+        print(f"no batch of {len(everything):,} is of that kind" if narrowed else "no batch is so named")
     else:
         shown = found[: limit or None]
         console.print(batch_table(shown))
@@ -357,6 +368,32 @@ def weight(
         print_output("weight", {"batch": batch, "weight": share})
     else:
         print(f"{batch} has weight {share:g} now")
+
+
+@verbs.command()
+def share(
+    submitter: Annotated[str, typer.Argument(help="Whose share; nothing: list them all.")] = "",
+    share: Annotated[
+        float | None, typer.Argument(metavar="WEIGHT", help="1 is usual; 2 gets twice as much.", min=0.001, max=1000)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set a submitter's share of the slots against other submitters, however many batches each has."""
+    from netassay.store import control
+
+    database = open_store()
+    if share is not None:
+        control.set_share(database, submitter, share)
+    found = {name: weight for name, weight in control.shares(database).items() if submitter in ("", name)}
+    if submitter and not found:
+        raise UserError(f"nobody called {submitter!r} has submitted a batch; the list of all: netassay share")
+    if as_json:
+        print_output("share", {"submitters": [{"name": name, "weight": weight} for name, weight in found.items()]})
+        return
+    for name, weight in found.items():
+        print(f"{name or '(not known)'} has the share {weight:g}")
+    if not found:
+        print("nobody has submitted a batch yet")
 
 
 @verbs.command()

@@ -1,4 +1,4 @@
-"""Verbs of the lab: up, down, status, doctor; worker and dispatch for containers and services."""
+"""Verbs of the lab: up, down, status, doctor; worker, dispatch and monitor for containers and services."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ verbs = typer.Typer()
 def up(
     slots: Annotated[int, typer.Option(help="Compute children; 0: one per core.", min=0)] = 0,
     flower: Annotated[bool, typer.Option(help="Also start Flower, Celery's own monitor.")] = True,
+    monitor: Annotated[
+        bool, typer.Option(help="Also start the monitor: /healthz, and /metrics for Prometheus.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Start a lab in the background: worker, dispatcher, Flower, and a private Redis unless NETASSAY_BROKER is set."""
+    """Start a lab in the background: worker, dispatcher, monitor, Flower, and a private Redis unless NETASSAY_BROKER is
+    set."""
     from producer import lab
 
     config = read_settings()
     with busy("starting the lab"):
-        described = lab.up(config, slots, flower)
+        described = lab.up(config, slots, flower, monitor)
     if as_json:
         print_output("up", _lab(config, described))
         return
@@ -37,6 +41,8 @@ def up(
     print(f"lab up in {config.root}: {counted(described['slots'], 'slot')}, records in {described['store']}")
     if described["flower"]:
         print(f"Flower: {described['flower']}")
+    if described["monitor"]:
+        print(f"monitor: {described['monitor']}/healthz, /metrics")
     print("next: netassay submit FILE --name NAME; stop the lab with: netassay down")
 
 
@@ -160,3 +166,16 @@ def dispatch() -> None:
     from producer import lab
 
     lab.become(read_settings(), lab.dispatcher_command())
+
+
+@verbs.command()
+def monitor(
+    address: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Else NETASSAY_MONITOR, else 127.0.0.1:5556.")
+    ] = "",
+) -> None:
+    """Be the monitor, in the foreground: /livez, /healthz, and /metrics for Prometheus, over HTTP."""
+    from producer import lab
+
+    config = read_settings()
+    lab.become(config, lab.monitor_command(address or config.monitor or lab.MONITOR_ADDRESS))

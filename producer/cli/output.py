@@ -44,6 +44,8 @@ class Lab(Output):
     slots: int
     flower: str
     """address of Flower; empty where it was not started"""
+    monitor: str
+    """address of the monitor; empty where it was not started"""
     services: dict[str, int]
     """name -> process"""
     restarts: dict[str, int]
@@ -82,6 +84,9 @@ class Batch(Output):
     waiting: int
     weight: float
     note: str
+    submitter: str
+    """empty: not known"""
+    tags: list[str]
     submitted_at: float
     """seconds since 1970"""
 
@@ -244,6 +249,15 @@ class Weight(Output):
     weight: float
 
 
+class Submitter(Output):
+    name: str
+    weight: float
+
+
+class Share(Output):
+    submitters: list[Submitter]
+
+
 class Attempt(Output):
     """A process that died on the job."""
 
@@ -300,6 +314,35 @@ class Import(Output):
     """name in the file -> name here"""
 
 
+class Backup(Output):
+    path: str
+    """of its manifest"""
+    batches: int
+    jobs: int
+    records: int
+    artifacts: int
+    """that it needs"""
+    copied: int
+    """those of them that the folder did not have"""
+    bytes: int
+    """written now"""
+    missing: list[str]
+    """references whose files are not there, or damaged"""
+
+
+class Restore(Output):
+    path: str
+    """of the manifest it is of"""
+    batches: int
+    """that came back"""
+    skipped: int
+    """that a restore before had brought back"""
+    jobs: int
+    records: int
+    attempts: int
+    artifacts: int
+
+
 class Unnamed(Output):
     digest: str
     bytes: int
@@ -339,10 +382,13 @@ OUTPUTS: dict[str, type[BaseModel]] = {
     "cancel": Changed,
     "retry": Retry,
     "weight": Weight,
+    "share": Share,
     "logs": Logs,
     "results": Results,
     "export": Export,
     "import": Import,
+    "backup": Backup,
+    "restore": Restore,
     "gc": Garbage,
 }
 

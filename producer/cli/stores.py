@@ -1,8 +1,9 @@
-"""Verbs of whole stores: export, import, gc."""
+"""Verbs of whole stores: export, import, backup, restore, gc."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -38,10 +39,7 @@ def export_store(
         f"{out.path}: {out.batches:,} batches, {out.jobs:,} jobs, {out.records:,} with records, {out.artifacts:,} "
         f"files; {size(out.bytes)}"
     )
-    if out.missing:
-        print(f"{len(out.missing):,} files that are named are missing or damaged, and were left out:", file=sys.stderr)
-        for reference in out.missing[:20]:
-            print(f"  {reference}", file=sys.stderr)
+    _tell_missing(out.missing)
 
 
 @verbs.command("import")
@@ -71,6 +69,63 @@ def import_store(
     )
     for name, here in brought.renamed.items():
         print(f"  {name} is called {here} here")
+
+
+def _tell_missing(references: Sequence[str]) -> None:
+    if references:
+        print(f"{len(references):,} files that are named are missing or damaged, and were left out:", file=sys.stderr)
+        for reference in references[:20]:
+            print(f"  {reference}", file=sys.stderr)
+
+
+@verbs.command()
+def backup(
+    folder: Annotated[Path, typer.Argument(help="Folder of backups, on another disk; files that it has stay.")],
+    as_json: AsJson = False,
+) -> None:
+    """Save the whole store as it is at one moment, while the lab runs. Files that the folder has are not copied."""
+    from netassay.store import artifacts
+    from netassay.store import backup as backups
+    from producer.wording import size
+
+    database = open_store()
+    end_in_order()
+    with working("saving") as progress:
+        saved = backups.save(database, artifacts.of(read_settings()), folder, progress)
+    if as_json:
+        print_output("backup", asdict(saved))
+        return
+    print(
+        f"{saved.path}: {saved.batches:,} batches, {saved.jobs:,} jobs, {saved.records:,} with records, "
+        f"{saved.artifacts:,} files of which {saved.copied:,} are new; {size(saved.bytes)} written"
+    )
+    _tell_missing(saved.missing)
+
+
+@verbs.command()
+def restore(
+    path: Annotated[Path, typer.Argument(help="Folder of backups, for the newest; or the .json file of one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Bring a backup into an empty store. What ran or waited when it was made runs at the next `up`."""
+    from netassay.store import artifacts
+    from netassay.store import backup as backups
+    from netassay.store.database import Database
+
+    config = read_settings()
+    database = Database(config.store_url)
+    database.prepare()
+    with working("restoring") as progress:
+        back = backups.restore(database, artifacts.of(config), path, progress)
+    if as_json:
+        print_output("restore", asdict(back))
+        return
+    there = f"; {back.skipped:,} were there" if back.skipped else ""
+    print(
+        f"{back.path}: {back.batches:,} batches came back, {back.jobs:,} jobs, {back.records:,} with records, "
+        f"{back.artifacts:,} files{there}"
+    )
+    print("next: netassay up")
 
 
 @verbs.command()

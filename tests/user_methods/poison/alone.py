@@ -5,6 +5,7 @@ A method as a user would add one, for the tests of the supervisor.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
@@ -20,8 +21,11 @@ NEEDS = Needs(seconds=0.1, libraries=())
 EXAMPLE = {"jobs": [{"method": "poison.alone", "params": {"how": "well"}}]}
 
 
+_HOARD: list[bytes] = []
+
+
 class Params(Contract):
-    how: Literal["well", "talk", "shared_memory", "fork", "read_input", "close_pipes", "flood"]
+    how: Literal["well", "talk", "shared_memory", "fork", "read_input", "close_pipes", "flood", "hoard", "full"]
     path: str = ""
     """a file to write the process of a fork to"""
 
@@ -53,6 +57,10 @@ def run(params: Params) -> Result:
     elif params.how == "close_pipes":
         os.closerange(3, 256)
         time.sleep(60)
+    elif params.how == "hoard":
+        _HOARD.append(b"\x01" * 600_000_000)
+    elif params.how == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif params.how == "flood":
         for _ in range(2000):
             print("y" * 1000)
