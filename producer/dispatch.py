@@ -174,19 +174,19 @@ class Dispatcher:
         with self.database.read() as connection:
             self.database.check_schema(connection)
             workers = dispatching.alive_workers(connection)
-            pending = dispatching.backlog(connection)
             offered = dispatching.offer(connection, workers)
-            known = dispatching.incarnation(connection)
+            pending = dispatching.backlog(connection)
+            marks = dispatching.marks(connection)
         changed = False
         if faults.guarded("reconciler"):
             changed = self._lost_workers(workers, now)
             self._looked = now = self.clock()
-            changed = self._lost_messages(workers, pending, known, now) or changed
+            changed = self._lost_messages(workers, pending, marks, now) or changed
         if now >= self._keep_house_again:
             began = self.clock()
             self._keep_house(offered)
             self._keep_house_again = now + max(HOUSEKEEPING_SECONDS, SCAN_FACTOR * (self.clock() - began))
-        if now >= self._settle_again:
+        if marks.needing and now >= self._settle_again:
             began = self.clock()
             changed = bool(dispatching.settle_needs(self.database)) or changed
             took = self.clock() - began
@@ -195,6 +195,9 @@ class Dispatcher:
         slots = sum(worker.slots for worker in workers)
         if self._short_of_disk():
             return changed
+        # What was taken back just now is counted by nobody; `_publish` counts again.
+        if not changed and self._full(len(pending.published), pending.seconds, max(1, slots)):
+            return False
         return self._publish(max(1, slots), offered) or changed
 
     def _lost_workers(self, workers: list[dispatching.WorkerSeen], now: float) -> bool:
@@ -228,24 +231,24 @@ class Dispatcher:
         return changed
 
     def _lost_messages(
-        self, workers: list[dispatching.WorkerSeen], pending: dispatching.Backlog, known: int, now: float
+        self, workers: list[dispatching.WorkerSeen], pending: dispatching.Backlog, marks: dispatching.Marks, now: float
     ) -> bool:
         remembered = self.broker.remembered()
-        if remembered is None or remembered != known:
+        if remembered is None or remembered != marks.incarnation:
             with self.database.write() as connection:
-                if dispatching.incarnation(connection) != known:
+                if dispatching.marks(connection).incarnation != marks.incarnation:
                     return True  # another dispatcher was faster
                 fresh = dispatching.new_incarnation(connection)
             faults.reach("dispatch.forgotten")
             self.broker.remember(fresh)
-            if known:
+            if marks.incarnation:
                 log.warning("redis_forgot", published=len(pending.published))
             return True
         # Chunks are listed oldest first: the list hands out in order, so what a later one overtook is gone.
-        marks = set(pending.published.items())
-        self._overtaken = {mark: self._overtaken.get(mark, now) for mark in marks if mark[1] < pending.claimed}
+        sent = set(pending.published.items())
+        self._overtaken = {mark: self._overtaken.get(mark, now) for mark in sent if mark[1] < marks.claimed}
         lost = [mark[0] for mark, since in self._overtaken.items() if now - since > OVERTAKEN_SECONDS]
-        self._unclaimed = {mark: self._unclaimed.get(mark, now) for mark in marks}
+        self._unclaimed = {mark: self._unclaimed.get(mark, now) for mark in sent}
         old = [mark[0] for mark, since in self._unclaimed.items() if now - since > UNCLAIMED_SECONDS]
         if old and workers and not self.broker.waiting():
             lost += [chunk for chunk in old if chunk not in lost]
@@ -293,8 +296,6 @@ class Dispatcher:
         """Fill Redis up, batch by batch: the next chunk is of the submitter who has had least for their share, and of
         that one's batches of the one that has had least for its weight."""
         with self.database.read() as connection:
-            if self._full(dispatching.waiting(connection), slots):
-                return False
             batches = dispatching.open_batches(connection, offered)
         if not batches:
             self._turns, self._within = Turns(), {}
@@ -303,21 +304,22 @@ class Dispatcher:
         with self.database.write() as connection:
             left = self._take_places(batches)
             # Counted again under the lock: another dispatcher may have filled it up.
-            there = dispatching.waiting(connection)
-            while left and len(messages) < PASS_CHUNKS and not self._full(there, slots):
+            pending = dispatching.backlog(connection)
+            chunks, seconds = len(pending.published), pending.seconds
+            while left and len(messages) < PASS_CHUNKS and not self._full(chunks, seconds, slots):
                 submitter = self._turns.next(dict.fromkeys(batch.submitter for batch in left.values()))
                 within = self._within[submitter]
                 batch = left[within.next(one.id for one in left.values() if one.submitter == submitter)]
                 turn = 0.0
                 # A turn is not over with the first job of a segment, which goes alone.
-                while turn < TURN_SECONDS and len(messages) < PASS_CHUNKS and not self._full(there, slots):
+                while turn < TURN_SECONDS and len(messages) < PASS_CHUNKS and not self._full(chunks, seconds, slots):
                     message = dispatching.publish_next(connection, batch, slots, offered)
                     if message is None:
                         del left[batch.id]
                         break
                     turn += max(message.seconds, LEAST_SECONDS)
                     messages.append(message)
-                    there = dispatching.Waiting(there.chunks + 1, there.seconds + message.seconds)
+                    chunks, seconds = chunks + 1, seconds + message.seconds
                 if turn:
                     within.took(batch.id, turn)
                     self._turns.took(submitter, turn)
@@ -344,10 +346,10 @@ class Dispatcher:
         return {batch.id: batch for batch in batches}
 
     @staticmethod
-    def _full(there: dispatching.Waiting, slots: int) -> bool:
-        """Whether Redis holds enough: a chunk a slot, or two where they are short."""
-        enough = there.chunks >= slots and there.seconds >= WAITING_SECONDS * slots
-        return enough or there.chunks >= CHUNKS_A_SLOT * slots
+    def _full(chunks: int, seconds: float, slots: int) -> bool:
+        """Whether so many published chunks are enough: one a slot, or two where they are short."""
+        enough = chunks >= slots and seconds >= WAITING_SECONDS * slots
+        return enough or chunks >= CHUNKS_A_SLOT * slots
 
 
 def serve(config: Settings, stop: threading.Event) -> None:

@@ -647,6 +647,13 @@ def test_what_waits_is_looked_through_a_tenth_of_the_time_at_most(lab: Lab, monk
         return 0
 
     monkeypatch.setattr(dispatching, "settle_needs", slowly)
+    submit(lab.database, "a", jobs([1]))
+    for _ in range(100):
+        lab.now += 0.02
+        lab.one_pass()
+    assert not looked, "nothing waits"
+    with lab.database.write() as connection:
+        connection.execute(text("UPDATE segment SET waiting = 1"))
     for _ in range(1000):
         lab.now += 0.02
         lab.one_pass()

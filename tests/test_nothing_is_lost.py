@@ -225,8 +225,7 @@ def test_every_point_where_a_process_can_be_made_to_die_is_tried() -> None:
     assert tried == set(faults.POINTS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("accident", ["worker killed", "redis wiped"])
+@pytest.mark.parametrize("kind, accident", [("embedded", "worker killed"), ("cluster", "redis wiped")])
 def test_without_the_reconciler_jobs_are_missed_and_the_oracle_says_so(accident: str, kind: str) -> None:
     with a_lab(kind, LOST_AFTER=LOST_AFTER, WITHOUT="reconciler") as lab:
         lab.submit("missed", *mixture(lab, 1, sleeps=60))

@@ -9,7 +9,10 @@ everywhere the supervisor polls the resident memory of the child and its descend
 
 from __future__ import annotations
 
+import mmap
+import os
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -18,6 +21,7 @@ from netassay.store.artifacts import MissingArtifact
 
 #: Share of the host's memory that all slots together may use.
 HOST_SHARE = 0.8
+_PAGE = mmap.PAGESIZE
 
 
 def host_memory() -> int:
@@ -41,25 +45,36 @@ def resident(pid: int) -> int:
     total = 0
     for member in family(pid):
         try:
-            total += psutil.Process(member).memory_info().rss
-        except psutil.Error:
+            total += _resident(member)
+        except (OSError, psutil.Error):
             continue
     return total
 
 
+# Both are asked at each request to a child, which waits meanwhile; psutil takes five times as long, and looks through
+# all processes of the host to find children.
+
+
+def _resident(pid: int) -> int:
+    if not sys.platform.startswith("linux"):
+        return psutil.Process(pid).memory_info().rss
+    with open(f"/proc/{pid}/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE
+
+
 def family(pid: int) -> list[int]:
     """A process and its descendants; empty where it is gone."""
-    # psutil looks through all processes of the host to find children; four times a second and slot that is too dear.
-    if Path(f"/proc/{pid}/task/{pid}/children").exists():
+    if os.path.exists(f"/proc/{pid}/task/{pid}/children"):
         found = [pid]
         for member in found:
             try:
-                files = list(Path(f"/proc/{member}/task").glob("*/children"))
+                threads = os.listdir(f"/proc/{member}/task")
             except OSError:  # that process has just ended
                 continue
-            for file in files:
+            for thread in threads:
                 try:
-                    found += map(int, file.read_text().split())
+                    with open(f"/proc/{member}/task/{thread}/children", "rb") as file:
+                        found += map(int, file.read().split())
                 except OSError:  # that thread has just ended
                     continue
         return found

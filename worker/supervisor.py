@@ -54,7 +54,7 @@ T = TypeVar("T")
 BUDGET_SECONDS = 2 * CHUNK_SECONDS
 #: Groups are sent together as long as they take no more than this, each as slow as the slowest of the request before.
 #: What was sent cannot be called back: budget and pause wait for it.
-AHEAD_SECONDS = 0.25
+AHEAD_SECONDS = 0.5
 #: And no more than so many, whatever the last ones took: so much slow work may hide behind quick work.
 AHEAD_GROUPS = 16
 #: Signs of life a second. The dispatcher waits ten seconds and more, so several may be lost.

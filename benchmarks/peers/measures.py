@@ -52,7 +52,7 @@ SUBMITTED_FEWER = {
     ("rq", "no"): 20_000,
 }
 #: Of jobs of 100 ms, so many a slot.
-EFFICIENCY_JOBS = 200
+EFFICIENCY_JOBS = 300
 
 Say = Callable[[str], None]
 Figures = dict[str, Any]

@@ -47,17 +47,23 @@ class Message:
 
 @dataclass(frozen=True)
 class WorkerSeen:
-    """memory: bytes its slots may use; 0: not told."""
+    """memory: bytes its slots may use; 0: not told. lacking: how many versions of methods it could not load."""
 
     id: int
     name: str
     counter: int
     slots: int
     memory: int = 0
+    lacking: int = 0
 
 
 def alive_workers(connection: Connection) -> list[WorkerSeen]:
-    rows = connection.execute(text("SELECT id, name, counter, slots, memory FROM worker WHERE state = 'alive'"))
+    rows = connection.execute(
+        text(
+            "SELECT w.id, w.name, w.counter, w.slots, w.memory,"
+            " (SELECT count(*) FROM worker_lack l WHERE l.worker_id = w.id) FROM worker w WHERE w.state = 'alive'"
+        )
+    )
     return [WorkerSeen(*row) for row in rows]
 
 
@@ -85,6 +91,8 @@ def offer(connection: Connection, workers: Sequence[WorkerSeen]) -> Offer:
     if not workers:  # whoever comes may have all
         return Offer()
     memory = max(worker.memory for worker in workers) if all(worker.memory for worker in workers) else None
+    if not all(worker.lacking for worker in workers):
+        return Offer(memory)
     lacked = connection.execute(
         text(
             "SELECT l.method_id, min(l.reason) FROM worker_lack l JOIN worker w ON w.id = l.worker_id"
@@ -97,36 +105,41 @@ def offer(connection: Connection, workers: Sequence[WorkerSeen]) -> Offer:
 
 @dataclass(frozen=True)
 class Backlog:
-    """Published chunks that nobody has claimed (id -> serial), and the newest serial that somebody has."""
+    """Published chunks that nobody has claimed (id -> serial), and the seconds they are predicted to take."""
 
     published: dict[int, int]
-    claimed: int
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Chunks published and not claimed, and the seconds they are predicted to take."""
-
-    chunks: int
     seconds: float
 
 
-def waiting(connection: Connection) -> Waiting:
-    row = connection.execute(
+def backlog(connection: Connection) -> Backlog:
+    rows = connection.execute(
         text(
-            f"SELECT count(*), coalesce(sum((c.stop - c.start) * {PREDICTED}), 0)"
+            f"SELECT c.id, c.serial, (c.stop - c.start) * {PREDICTED} AS seconds"
             " FROM chunk c JOIN segment s ON s.id = c.segment_id JOIN method_version m ON m.id = s.method_id"
             " WHERE c.state = 'published'"
         )
+    ).all()
+    return Backlog({row.id: row.serial for row in rows}, sum(row.seconds for row in rows))
+
+
+@dataclass(frozen=True)
+class Marks:
+    """claimed: the newest serial that somebody has claimed; incarnation: the number that Redis must know if it still
+    holds what was published; needing: whether any segment waits for what it needs."""
+
+    claimed: int
+    incarnation: int
+    needing: bool
+
+
+def marks(connection: Connection) -> Marks:
+    row = connection.execute(
+        text(
+            "SELECT (SELECT value FROM lab WHERE name = 'claimed'), (SELECT value FROM lab WHERE name = 'incarnation'),"
+            " EXISTS (SELECT 1 FROM segment WHERE waiting = 1)"
+        )
     ).one()
-    return Waiting(*row)
-
-
-def backlog(connection: Connection) -> Backlog:
-    rows = connection.execute(text("SELECT id, serial FROM chunk WHERE state = 'published'"))
-    published: dict[int, int] = {row.id: row.serial for row in rows}
-    claimed = connection.execute(text("SELECT value FROM lab WHERE name = 'claimed'")).scalar_one()
-    return Backlog(published, claimed)
+    return Marks(row[0], row[1], bool(row[2]))
 
 
 @dataclass(frozen=True)
@@ -315,11 +328,6 @@ def key_prefix(database: Database) -> str:
     with database.read() as connection:
         number = connection.execute(text("SELECT value FROM lab WHERE name = 'id'")).scalar_one()
     return f"netassay:{number:x}:"
-
-
-def incarnation(connection: Connection) -> int:
-    """Number that Redis must know if it still holds what was published."""
-    return connection.execute(text("SELECT value FROM lab WHERE name = 'incarnation'")).scalar_one()
 
 
 def new_incarnation(connection: Connection) -> int:
