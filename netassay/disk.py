@@ -7,6 +7,8 @@ from pathlib import Path
 
 #: Results of the chunks under way, logs and a journal find room in this; of a small disk a part is kept free.
 RESERVE_BYTES, RESERVE_SHARE = 256 << 20, 0.05
+#: With fewer free bytes than this a disk is not well: it is soon used up.
+ROOM = 1_000_000_000
 
 
 def is_short(folder: Path) -> bool:

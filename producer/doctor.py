@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from netassay import __version__
+from netassay import __version__, disk
 from netassay.errors import UserError
 from netassay.settings import Settings, masked
 from producer import lab
@@ -46,8 +46,6 @@ STILL_SECONDS = 5.0
 DISPATCHER_SECONDS = 5.0
 #: Clocks of two hosts may differ so much: times of records are for people.
 CLOCK_SECONDS = 5.0
-#: Less room on a disk than this is soon used up.
-ROOM = 1_000_000_000
 #: A compute child with torch takes some 300 MB before it has done anything.
 MEMORY_A_SLOT = 500_000_000
 OLDEST_REDIS = (6, 2)
@@ -187,7 +185,7 @@ def _redis_rights(config: Settings) -> Finding:
     if refused:
         user = client.connection_pool.connection_kwargs.get("username") or "default"
         told = f"the user {user} may not {', '.join(refused)} on keys {_prefix(config)}*"
-        return "wrong", told, f"redis-cli acl setuser {user} '~netassay:*' '&*' +@all -@admin -@dangerous +info"
+        return "wrong", told, f"give {user} the rights in docker/redis/users.acl, by: redis-cli acl setuser {user} ..."
     return _ok("all that a lab needs")
 
 
@@ -224,7 +222,7 @@ def _sqlite(database: Database) -> Finding:
     room = f"{free / 1e9:.1f} GB free"
     if not os.access(parent, os.W_OK | os.X_OK):
         return "wrong", f"{parent} cannot be written to", f"chown {_user()} {parent}; or set NETASSAY_HOME elsewhere"
-    if free < ROOM:
+    if free < disk.ROOM:
         return "wrong", f"{path}: only {room}", "make room on that disk; or set NETASSAY_HOME elsewhere"
     if not path.exists():
         return _ok(f"no records yet; SQLite makes {path} at first use, {room}")

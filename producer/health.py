@@ -1,7 +1,7 @@
 """`python -m producer.health`: does a dispatcher look after this lab? Exit code 0 where one does.
 
-At every look a dispatcher asks Redis for the number it gave it, five times a second; Redis knows how long ago that was.
-Where several dispatchers run, one that lives is enough.
+At every look a dispatcher asks Redis for the number it gave it, twice a second or more; Redis knows how long ago that
+was. Where several dispatchers run, one that lives is enough.
 """
 
 from __future__ import annotations

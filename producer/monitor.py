@@ -38,7 +38,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from netassay import __version__, logs
+from netassay import __version__, disk, logs
 from netassay.errors import UserError
 from netassay.settings import Settings, masked, settings
 from netassay.store import artifacts, measures
@@ -59,8 +59,6 @@ FRESH_SECONDS, SCAN_FACTOR = 2.0, 20.0
 PATIENCE_SECONDS = 5.0
 #: Between two walks over the artifacts' folder.
 WALK_SECONDS = 60.0
-#: Free bytes below which a disk is not well: the same as `netassay doctor` asks for.
-ROOM = 1_000_000_000
 #: Connections at a time; more are turned away with 503.
 MOST_CONNECTIONS = 200
 
@@ -324,7 +322,7 @@ class Monitor:
 
     def _room(self) -> str:
         free = self.disk.answer.free if self.disk.answer else {}
-        short = [f"{left / 1e9:.1f} GB under the {name}" for name, left in free.items() if left < ROOM]
+        short = [f"{left / 1e9:.1f} GB under the {name}" for name, left in free.items() if left < disk.ROOM]
         return f"only {' and '.join(short)} are free; make room" if short else ""
 
     # --- its numbers ---------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import tempfile
 os.environ["OMP_NUM_THREADS"] = "1"
 
 _HOME = tempfile.mkdtemp(prefix="netassay-tests-")
-for _name in ("BROKER", "STORE", "ARTIFACTS", "METHODS", "SLOTS", "LOST_AFTER", "MEMORY"):
-    os.environ.pop(f"NETASSAY_{_name}", None)
+for _name in [_name for _name in os.environ if _name.startswith("NETASSAY_")]:
+    if not _name.startswith("NETASSAY_TEST_"):
+        del os.environ[_name]
 os.environ["NETASSAY_HOME"] = _HOME
 
 from collections.abc import Iterator  # noqa: E402

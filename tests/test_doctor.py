@@ -19,6 +19,7 @@ from buckets import serving
 from services import RedisServer, new_database
 from sqlalchemy import text
 
+from netassay import disk
 from netassay.settings import Settings
 from netassay.store import running
 from netassay.store.database import SCHEMA, Database
@@ -204,7 +205,7 @@ def test_a_store_of_a_newer_program_and_a_file_that_is_none_are_wrong(config: Se
 
 
 def test_a_disk_that_is_nearly_full_is_wrong(config: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ROOM", 10**18)
+    monkeypatch.setattr(disk, "ROOM", 10**18)
     assert "GB free" in look("store", config).found
     assert look("store", config).state == "wrong"
 

@@ -188,7 +188,7 @@ class System:
 
 
 class Netassay(System):
-    """An embedded lab, Flower included."""
+    """An embedded lab, Flower and monitor included."""
 
     name = "netassay"
 
@@ -236,7 +236,7 @@ class Netassay(System):
 @contextlib.contextmanager
 def netassay(slots: int = 2) -> Iterator[Netassay]:
     with tempfile.TemporaryDirectory(prefix="nabench-", ignore_cleanup_errors=True) as folder:
-        with lab.running(Settings(home=Path(folder)), slots=slots, flower=True) as about:
+        with lab.running(Settings(home=Path(folder)), slots=slots, flower=True, monitor=True) as about:
             system = Netassay(Path(folder), about)
             try:
                 system.run(0.01, 10**8, 20 * slots)

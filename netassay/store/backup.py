@@ -224,7 +224,7 @@ def _refuse_others(database: Database, ours: dict[str, str]) -> None:
         shown = ", ".join(map(repr, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise NotEmpty(
             f"the store {database} holds batches that are not of this backup ({shown}); restore into an empty one "
-            "(another NETASSAY_HOME or NETASSAY_STORE), or add the backup's batches to it: netassay import FILE.tar"
+            "(another NETASSAY_HOME or NETASSAY_STORE)"
         )
 
 

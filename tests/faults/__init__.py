@@ -2,7 +2,7 @@
 
     python -m tests.faults --lab embedded --kills 40 --lost-after 3 --seed 1
 
-`workload` says what is submitted, `schedule` what happens to the lab, `accidents` how; `site` is the lab with all that
+`workload` says what is submitted, `harness` what happens to the lab, `accidents` how; `site` is the lab with all that
 surrounds it, `witness` watches the processes and the side log, `oracle` judges, `page` writes docs/faults.md.
 """
 

@@ -301,6 +301,7 @@ class RedisTailLostAtHome(Accident):
 
 class RedisWiped(Accident):
     name = "Redis wiped (FLUSHALL)"
+    kill = False
 
     def strike(self, ground: Ground) -> Hit:
         doing = _backlog(ground)
@@ -344,7 +345,9 @@ class SubmitterKilled(Accident):
         process.kill()
         at = time.monotonic()
         process.communicate()
-        return self.hit(ground, at, victims=(process.pid,), doing="idle" if ended else "holding")
+        if ended:
+            raise Missed
+        return self.hit(ground, at, victims=(process.pid,), doing="holding")
 
 
 class WorkerStopped(WorkerKilled):

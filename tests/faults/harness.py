@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import random
@@ -14,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -131,6 +131,9 @@ class Round:
         """set: no accidents for now"""
         self.hits: list[Hit] = []
         self.snapshots: list[tuple[float, dict[int, tuple]]] = []
+        self._lost: dict[int, tuple[int, float, float]] = {}
+        """worker -> its process, and between which two looks it came to be lost"""
+        self._looked = -math.inf
         self.failures: list[str] = []
         self._names: dict[int, str] = {}
         self._before: int = site.query("SELECT coalesce(max(id), 0) AS id FROM job")[0].id
@@ -268,6 +271,16 @@ class Round:
         while not self.ending.wait(1.0):
             with contextlib.suppress(Exception):
                 self.snapshot()
+            with contextlib.suppress(Exception):
+                self.note_losses()
+
+    def note_losses(self) -> None:
+        at = time.monotonic()
+        rows = self.site.query("SELECT id, pid FROM worker WHERE state = 'lost'")
+        for row in rows:
+            if row.id not in self._lost:
+                self._lost[row.id] = (row.pid, self._looked, time.monotonic())
+        self._looked = at
 
     def snapshot(self) -> None:
         rows = self.site.query(
@@ -383,9 +396,11 @@ class Round:
         return verdict
 
     def case(self) -> Case:
-        rows = self.site.query("SELECT pid FROM worker WHERE state = 'lost'")
+        self.note_losses()
         accepted = [batch for batch in self.stream.made if batch.tries]
-        lost = Counter(row.pid for row in rows)
+        lost: dict[int, list[tuple[float, float]]] = {}
+        for pid, not_yet, seen in self._lost.values():
+            lost.setdefault(pid, []).append((not_yet, seen))
         return Case(accepted, self.hits, self.site.witness, self.site.direct, lost, self.snapshots)
 
     def rest(self) -> str:

@@ -66,8 +66,8 @@ class Case:
     hits: Sequence[Hit]
     witness: Witness
     database: Database
-    lost_workers: Mapping[int, int]
-    """process of a worker -> how often the store has it as lost"""
+    lost_workers: Mapping[int, Sequence[tuple[float, float]]]
+    """process of a worker -> between which two looks at the store it came to be lost there, each time"""
     snapshots: Sequence[tuple[float, Mapping[int, tuple]]] = ()
     """records as they were seen on the way: when, and job id -> (finished_at, worker, state)"""
 
@@ -191,7 +191,8 @@ def _end_by_death(case: Case, run: Run) -> float:
 def _taken_over(case: Case, earlier: Run, later: Run) -> bool:
     """Whether it is on record that the first was given up: its worker as lost, or a store that forgot its claim."""
     worker = case.witness.parent.get(earlier.pid)
-    if worker in case.lost_workers:
+    losses = case.lost_workers.get(worker, ()) if worker is not None else ()
+    if any(earlier.start <= seen and not_yet <= later.start for not_yet, seen in losses):
         return True
     return any(hit.forgets and hit.at >= earlier.start - 2.0 and hit.at <= later.start for hit in case.hits)
 

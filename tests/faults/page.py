@@ -188,7 +188,12 @@ def page(results: Sequence[Result], plain: Sequence[Sequence[Result]] = ()) -> s
     lines = [INTRODUCTION]
     if whole:
         first = whole[0]
-        lines += [f"Measured on {first['machine']}, {first['began']}, shared with other work.", "", *_totals(whole), ""]
+        lines += [
+            f"Measured on {first['machine']}, {first['began']}; the two labs of a line stood side by side.",
+            "",
+            *_totals(whole),
+            "",
+        ]
         lines += [RECOVERY, "```"]
         lines += [_told(part) for one in whole for part in one["parts"]]
         lines += ["```", ""]

@@ -32,7 +32,7 @@ class Scene:
     batch: Batch
     runs: dict[str, list[Run]] = field(default_factory=dict)
     hits: list[Hit] = field(default_factory=list)
-    lost: dict[int, int] = field(default_factory=dict)
+    lost: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     snapshots: list[tuple[float, dict[int, tuple]]] = field(default_factory=list)
 
     def judged(self) -> Verdict:
@@ -106,7 +106,9 @@ def test_two_runs_at_the_same_time_are_doubled_unless_a_takeover_is_on_record(sc
     scene.runs[scene.name(3)].append(Run(scene.name(3), 80, 13.2, 13.7))
     scene.hits.append(Hit("worker stopped", False, 12.9, 20.0, (7,), (7,)))
     assert "ran twice at the same time" in scene.judged().doubled[0]
-    scene.lost[7] = 1
+    scene.lost[7] = [(11.0, 12.0), (13.3, 13.4)]
+    assert "ran twice at the same time" in scene.judged().doubled[0], "given up before the one, and after the other"
+    scene.lost[7] = [(13.0, 13.4)]
     verdict = scene.judged()
     assert (verdict.violations, verdict.taken_over) == ([], 1)
 

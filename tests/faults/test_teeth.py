@@ -45,4 +45,4 @@ def test_plain_celery_loses_jobs_under_the_same_kills() -> None:
     services.require_redis()
     found = plain_celery.assay(jobs=4000, kills=25, seed=1)
     assert found.kills == 25
-    assert found.lost
+    assert len(found.lost) > found.left, "what still lies in Redis is late, not lost"

@@ -2,7 +2,7 @@
 
 Every target in turn, each in a process of its own, with our mutations and, for a third of the time, with atheris where
 it is installed (`pip install atheris`). What was found lies in the folder of the findings, each with the input that
-shows it; an input is read again by `--again FILE TARGET`. Exit code 1 where anything was found.
+shows it; an input is read again by `--again FILE --only TARGET`. Exit code 1 where anything was found.
 """
 
 from __future__ import annotations

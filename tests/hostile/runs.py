@@ -71,8 +71,9 @@ def run(
         report, died = Report(name), ""
         with contextlib.suppress(OSError, ValueError, TypeError):
             report = Report(**json.loads((folder / "report.json").read_text()))
-        # libFuzzer ends its process itself; whoever reported has come to its end.
-        if hung or not report.inputs or process.returncode < 0:
+        # libFuzzer ends its process itself, by a code of its own.
+        ended = process.returncode < 0 if engine == "atheris" else process.returncode != 0
+        if hung or not report.inputs or ended:
             died = "it hung" if hung else f"the process ended with {process.returncode}"
             for input_ in (folder / "inside").glob("input*"):
                 place = findings / f"{name}-died{input_.suffix}"
