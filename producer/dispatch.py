@@ -1,8 +1,9 @@
 """The dispatcher: a small loop that keeps just enough chunks in Redis.
 
-The store holds all jobs; Redis holds at most two chunks a slot. This one part gives fairness (weighted round robin over
-the open batches), pause and cancel that act at once, back-pressure, and a Redis that stays small; and it notices what
-got lost: messages, Redis itself, workers. Any number of dispatchers may run: all they do is compare-and-set.
+The store holds all jobs; Redis holds at most two chunks a slot. This one part gives fairness (weighted round robin
+over submitters, and over the open batches of each), pause and cancel that act at once, back-pressure, and a Redis that
+stays small; and it notices what got lost: messages, Redis itself, workers. Any number of dispatchers may run: all they
+do is compare-and-set.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from netassay.settings import Settings, settings
 from netassay.store import arriving, dispatching
 from netassay.store.database import PATIENCE, Database, Outage
 from producer import lab
-from producer.turns import LEAST_SECONDS, Turns
+from producer.turns import LEAST_TURN, Turns
 
 log = structlog.get_logger("netassay.dispatch")
 
@@ -289,8 +290,10 @@ class Dispatcher:
         self._unfit = {batch: self._unfit.get(batch, self._looked) for batch in found}
         ripe = [batch for batch, since in self._unfit.items() if self._looked - since >= UNFIT_SECONDS]
         if ripe:
-            for said in dispatching.pause_unfit(self.database, offered, ripe):
+            for said in dispatching.pause_unfit(self.database, ripe):
                 log.warning("batch_paused", why=said)
+            for batch in ripe:  # resumed, it has as long again
+                del self._unfit[batch]
 
     def _publish(self, slots: int, offered: dispatching.Offer) -> bool:
         """Fill Redis up, batch by batch: the next chunk is of the submitter who has had least for their share, and of
@@ -317,7 +320,7 @@ class Dispatcher:
                     if message is None:
                         del left[batch.id]
                         break
-                    turn += max(message.seconds, LEAST_SECONDS)
+                    turn += max(message.seconds, LEAST_TURN)
                     messages.append(message)
                     chunks, seconds = chunks + 1, seconds + message.seconds
                 if turn:
@@ -405,7 +408,7 @@ def main() -> int:
             lab.reach_broker(config.broker).close()
         serve(config, stop)
     except UserError as error:
-        logs.complain(f"the dispatcher cannot start: {error}")
+        logs.complain(f"the dispatcher cannot run: {error}")
         return 1
     return 0
 

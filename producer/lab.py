@@ -42,6 +42,8 @@ SETTLED_SECONDS = 10.0
 LONGEST_PAUSE = 30.0
 #: What a service may take to end by itself, the worker beside its grace for running jobs.
 END_SECONDS = 10.0
+#: What a service wrote last is carried to its log for so long; a child of it may hold the pipe open.
+_LAST_WORDS_SECONDS = 1.0
 #: What all services may take to answer after a start on a busy machine.
 READY_SECONDS = 90.0
 #: What a broker or a store may take to answer whether it is there.
@@ -231,6 +233,7 @@ class Service:
     pause: float = 0.5
     due: float = 0.0
     restarts: int = 0
+    _relay: threading.Thread | None = None
 
     def start(self) -> None:
         command = [*_TETHER, str(os.getpid()), *self.command]
@@ -245,7 +248,8 @@ class Service:
                 cwd=self.log.parent,
             )
         if self.process.stdout is not None:
-            threading.Thread(target=relay, args=(self.process.stdout, self.log, self.name), daemon=True).start()
+            self._relay = threading.Thread(target=relay, args=(self.process.stdout, self.log, self.name), daemon=True)
+            self._relay.start()
         self.started = time.monotonic()
 
     def tend(self) -> None:
@@ -275,6 +279,8 @@ class Service:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self._relay is not None:
+            self._relay.join(_LAST_WORDS_SECONDS)
 
 
 @dataclass
@@ -361,8 +367,9 @@ class Lab:
             ending = [service for service in self.services if (service.name == "redis") is last]
             for service in ending:
                 service.ask_to_end()
+            by = time.monotonic() + END_SECONDS + (0.0 if last else self.config.grace)
             for service in ending:
-                service.await_end(END_SECONDS + self.config.grace)
+                service.await_end(max(0.0, by - time.monotonic()))
 
     def _heal_socket(self, place: Place) -> None:
         """A Redis whose socket somebody swept away runs on and hears nobody: let it be started again."""
@@ -644,7 +651,7 @@ def down(config: Settings) -> bool:
     pid = int(described["pid"])
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    waiting = 6 * END_SECONDS + config.grace  # five services that have to be killed, and some
+    waiting = 3 * END_SECONDS + config.grace  # Redis after all others, and some
     _await(lambda: not _runs(pid), waiting, lambda: f"the lab (process {pid}) does not end; kill -9 {pid}")
     return True
 

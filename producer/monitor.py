@@ -4,9 +4,10 @@
     GET /healthz   200 where store, broker, dispatcher, workers and disk are well, else 503; why, as JSON
     GET /metrics   the numbers of the lab, for Prometheus
 
-Requests are answered from memory. Three threads look at the store, the broker and the disk, each by itself, so that one
-that hangs is told of and holds up nobody: the cheap signs of life every two seconds, the sums only when somebody asks
-for them, and never more than a twentieth of the time. It only reads; any number of monitors may run.
+Requests are answered from memory. The store, the broker and the disk are looked at each by threads of their own, so
+that one that hangs is told of and holds up nobody: one for the cheap signs of life every two seconds, one for the sums,
+only when somebody asks for them, and never more than a twentieth of the time. It only reads; any number of monitors may
+run.
 
 The server is Starlette on uvicorn: what FastAPI is made of, in half its time to start and without its models, which
 three fixed answers do not need. The routes can be mounted in an application of FastAPI as they are.
@@ -41,9 +42,8 @@ from starlette.routing import Route
 from netassay import __version__, disk, logs
 from netassay.errors import UserError
 from netassay.settings import Settings, masked, settings
-from netassay.store import artifacts, measures
+from netassay.store import artifacts, dispatching, measures
 from netassay.store.database import SCHEMA, Database
-from netassay.store.dispatching import QUEUE, key_prefix
 from producer import lab
 from producer.health import QUIET_SECONDS
 
@@ -73,7 +73,8 @@ class MonitorError(UserError):
 class Look(Generic[T]):
     """A thread that asks the same question again and again, and the last answer.
 
-    An answer may come with sums, which are only made when somebody wants them: `ask(True)`.
+    An answer may come with sums, which are only made when somebody wants them, by `ask(True)`; by another thread, as
+    that may take long, and the signs of life must not seem to have stopped meanwhile.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Look(Generic[T]):
 
     def start(self) -> None:
         threading.Thread(target=self._run, name=f"look-{self.name}", daemon=True).start()
+        threading.Thread(target=self._sum, name=f"sums-{self.name}", daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
@@ -114,11 +116,9 @@ class Look(Generic[T]):
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            sums = self._wanted.is_set()
-            began = time.monotonic()
             before = self.error
             try:
-                self.answer, self.error = self.ask(sums), ""
+                self.answer, self.error = self.ask(False), ""
             except Exception as error:  # whatever it is, it is the answer
                 said = masked(str(getattr(error, "orig", error)).strip() or type(error).__name__)
                 if not self.error:
@@ -128,10 +128,20 @@ class Look(Generic[T]):
                 if before:
                     log.info(f"{self.name}_back")
             self.ended = time.monotonic()
-            if sums:
-                self.summed, self.took = began, self.ended - began
-                self._wanted.clear()
-            self._wanted.wait(self.every)
+            self._stop.wait(self.every)
+
+    def _sum(self) -> None:
+        while self._wanted.wait() and not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                self.ask(True)
+                took = time.monotonic() - began
+                self.answer = self.ask(False)
+            except Exception as error:  # what is out, the signs of life tell; those sums were not made
+                log.warning(f"{self.name}_sums_failed", error=masked(str(getattr(error, "orig", error))))
+            else:
+                self.summed, self.took = began, took
+            self._wanted.clear()
 
 
 @dataclass(frozen=True)
@@ -140,12 +150,12 @@ class StoreSeen:
     has not moved. sums: as last made, None before the first; ended: (method, end) -> jobs since the first."""
 
     schema: str
-    alive: list[measures.Signs]
+    alive: list[dispatching.WorkerSeen]
     still: dict[int, float]
     sums: measures.Measures | None
     ended: Mapping[tuple[str, str], int]
 
-    def moving(self, within: float) -> list[measures.Signs]:
+    def moving(self, within: float) -> list[dispatching.WorkerSeen]:
         return [worker for worker in self.alive if self.still[worker.id] <= within]
 
 
@@ -163,7 +173,9 @@ class StoreLook:
         schema = measures.schema(self.database)
         if schema != SCHEMA:
             return StoreSeen(schema, [], {}, None, {})
-        alive, now = measures.signs(self.database), time.monotonic()
+        with self.database.read() as connection:
+            alive = dispatching.alive_workers(connection)
+        now = time.monotonic()
         self._counters = {worker.id: (worker.counter, self._moved(worker, now)) for worker in alive}
         self._looked = now
         if sums:
@@ -172,7 +184,7 @@ class StoreLook:
         still = {worker: now - moved for worker, (_, moved) in self._counters.items()}
         return StoreSeen(schema, alive, still, self._sums, dict(self._ended.risen))
 
-    def _moved(self, worker: measures.Signs, now: float) -> float:
+    def _moved(self, worker: dispatching.WorkerSeen, now: float) -> float:
         """When its counter was last seen to move, by the monotonic clock."""
         counter, moved = self._counters.get(worker.id, (-1, -math.inf))
         if counter == worker.counter:
@@ -202,11 +214,14 @@ class BrokerLook:
     def __call__(self, sums: bool) -> BrokerSeen:
         if self._client is None:
             self._client = lab.reach_broker(self.config.broker)
-        self._prefix = self._prefix or key_prefix(self.database)
+        try:
+            self._prefix = self._prefix or dispatching.key_prefix(self.database)
+        except Exception as error:
+            raise RuntimeError("its keys begin with the lab's id, and the store, which knows that, is out") from error
         try:
             quiet = self._client.object("idletime", f"{self._prefix}incarnation")
             about = self._client.info("memory") | self._client.info("server")
-            waiting = self._client.llen(self._prefix + QUEUE)
+            waiting = self._client.llen(self._prefix + dispatching.QUEUE)
         except Exception:
             client, self._client = self._client, None
             client.close()

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 #: A turn counts as no less, or one whose jobs take no time would last for ever.
-LEAST_SECONDS = 1e-3
+LEAST_TURN = 1e-3
 
 
 class Turns(Generic[K]):
@@ -40,7 +40,7 @@ class Turns(Generic[K]):
 
     def took(self, one: K, seconds: float) -> None:
         """It had a turn of so many seconds."""
-        at, seconds = self._had[one], max(seconds, LEAST_SECONDS)
+        at, seconds = self._had[one], max(seconds, LEAST_TURN)
         self._had[one] = at + seconds / self._weights[one]
         if one not in self._begun:
             self._begun.add(one)

@@ -36,6 +36,7 @@ from netassay import faults
 from netassay.store import backup, control, reading, running
 from netassay.store.artifacts import Artifacts
 from netassay.store.database import Database
+from netassay.store.transfer import NotAnExport, bring
 from producer import lab as embedded_lab
 
 
@@ -201,6 +202,9 @@ def test_what_is_damaged_or_missing_is_told_and_no_batch_is_brought_back(tmp_pat
         manifest.write_text(json.dumps(json.loads(about) | {"artifacts": ["../../etc/passwd"]}))
         refused("not the manifest")
         manifest.write_text(about)
+        with pytest.raises(NotAnExport, match=r"part of a backup.*netassay restore"):
+            bring(new, Artifacts(tmp_path / "new" / "a"), records)
+        assert reading.batches(new) == []
         backup.restore(new, Artifacts(tmp_path / "new" / "a"), folder)
 
 
@@ -211,8 +215,12 @@ def test_a_backup_without_its_manifest_is_none_and_a_damaged_artifact_is_left_ou
     with new_store("sqlite", tmp_path) as old:
         files = filled(old, kept)
 
+        digest_of = backup._digest_of
+
         def die(path: Path) -> str:
-            raise KeyboardInterrupt
+            if path.suffix == ".tar":
+                raise KeyboardInterrupt
+            return digest_of(path)
 
         monkeypatch.setattr(backup, "_digest_of", die)
         with pytest.raises(KeyboardInterrupt):
@@ -220,11 +228,14 @@ def test_a_backup_without_its_manifest_is_none_and_a_damaged_artifact_is_left_ou
         monkeypatch.undo()
         assert [path.name for path in folder.iterdir()] == ["artifacts"]
         shutil.rmtree(folder)
-        kept.path(files[1]).write_bytes(b"something else")
+        backup.save(old, kept, folder)
+        kept.path(files[1]).write_bytes(kept.path(files[0]).read_bytes())  # another's bytes under its name
         kept.path(files[2]).unlink()
+        for digest in files[1:3]:
+            next((folder / "artifacts").rglob(digest)).unlink()
         saved = backup.save(old, kept, folder)
         assert sorted(saved.missing) == sorted(f"array:{digest}" for digest in files[1:3])
-        assert (saved.artifacts, saved.copied) == (2, 2)
+        assert (saved.artifacts, saved.copied) == (2, 0), "the good copy of the other one stays"
         assert len(list((folder / "artifacts").rglob("?" * 64))) == 2
 
 

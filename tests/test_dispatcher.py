@@ -305,6 +305,15 @@ def test_what_a_method_took_corrects_what_it_predicts_for_jobs_of_another_size(l
     assert (first.seconds, second.seconds) == pytest.approx((1.0, 2.0))
 
 
+def test_a_prediction_of_nothing_does_not_make_its_method_seem_a_thousand_times_slower(lab: Lab) -> None:
+    worker = sign_on(lab.database)
+    submit(lab.database, "none", jobs([0], seconds=0.0))
+    claim = take(lab.database, worker)
+    running.finish(lab.database, worker, claim, [done(task) for task in claim.tasks], seconds_a_job=0.001)
+    submit(lab.database, "large", jobs(range(1, 40), seconds=0.5))
+    assert publish(lab.database, slots=2)[0].seconds == pytest.approx(0.5)
+
+
 def test_measured_timings_replace_the_hint_in_this_batch_and_the_next(lab: Lab) -> None:
     worker = sign_on(lab.database)
     submit(lab.database, "a", jobs(range(1000), seconds=2.0))

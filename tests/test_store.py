@@ -129,6 +129,17 @@ def test_jobs_known_from_elsewhere_are_counted_when_they_are_appended(database: 
     audit_at_rest(database)
 
 
+def test_tags_and_note_of_whoever_appends_are_taken_though_no_job_is_new(database: Database) -> None:
+    submit(database, "a", jobs(range(3)), tags=tuple(f"t{number:02}" for number in range(15)))
+    again = tuple(f"t{number:02}" for number in range(10))
+    assert submit(database, "a", jobs(range(3)), append=True, tags=(*again, "more"), note="looked at twice").already
+    assert submit(database, "a", jobs(range(3, 5)), append=True, tags=(*again, "most")).appended == 2
+    ((tags, note),) = rows(database, "SELECT tags, note FROM batch")
+    assert len(tags.split()) == 17
+    assert {"more", "most", "t14"} < set(tags.split())
+    assert note == "looked at twice"
+
+
 def test_what_is_appended_waits_for_the_network_that_the_batch_builds_already(database: Database, worker: int) -> None:
     recipe = "recipe:" + "1" * 64
     submit(database, "a", builder(recipe), jobs(range(3), recipes=(recipe,)))

@@ -492,6 +492,7 @@ def test_jobs_of_a_chunk_that_finds_no_room_go_back(bench: Bench, monkeypatch: p
         bench.supervisor.run(chunk)
     assert reading.progress(bench.database, "large").waiting == 1
     assert bench.query("SELECT count(*) FROM running") == [(0,)]
+    assert bench.query("SELECT id, state FROM chunk") == [(chunk, "ready")], "the same, and no empty one beside it"
     while chunk := bench.publish():
         bench.supervisor.run(chunk)
     assert [record.state for record in bench.records("large")] == ["done"]

@@ -30,7 +30,7 @@ LARGEST_ID = 2**63 - 1
 #: Celery's remote control as far as it only asks, and events on, which Flower sends. The rest stops workers, makes them
 #: take other queues, load modules, or forget what they were told: `netassay` has its own verbs for what people need.
 CONTROLS = frozenset(
-    {"active", "active_queues", "clock", "conf", "enable_events", "heartbeat", "hello", "ping", "query_task",
+    {"active", "active_queues", "clock", "conf", "enable_events", "heartbeat", "ping", "query_task",
      "registered", "report", "reserved", "revoked", "scheduled", "stats"}
 )  # fmt: skip
 

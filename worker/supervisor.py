@@ -141,7 +141,12 @@ class Slot:
         faults.reach("worker.computed")
         try:
             if self.stop != "lost" or not faults.guarded("fence"):
-                self._keep(claim, self._share(claim, outcomes), worker_id)
+                if claim.tasks and not outcomes:
+                    # As it was, without a trace: closing it would leave an empty chunk in the store, each second one
+                    # of a worker that can do nothing with what waits.
+                    self._insist(chunk_id, lambda: self._release(claim), held=0)
+                else:
+                    self._keep(claim, self._share(claim, outcomes), worker_id)
         except StaleToken:
             log.warning("late_results_dropped", chunk=chunk_id, jobs=len(outcomes))
         except Exception as error:

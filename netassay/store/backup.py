@@ -9,7 +9,7 @@ A backup is a folder, and may hold many, for which files are copied once:
 So it is of the same form for SQLite and PostgreSQL, and what was saved of one can be restored to the other. Nobody
 waits for it: it reads one snapshot. What runs at that moment is pending in it; a submission that has not been accepted
 is not in it. What a store learns anew is left out: its id (two labs must not share keys in Redis), timings, the claims
-of workers.
+of workers; and so are the shares of submitters, which are of the lab, not of its batches.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Restored:
 def save(database: Database, artifacts: Artifacts, folder: Path, progress: Progress = lambda share: None) -> Saved:
     """Write a backup of all batches, with their files, into the folder. It is there when its manifest is.
 
-    Raises OSError, an Outage, RemoteOutage: no backup was added then; files that were copied serve the next one.
+    Raises OSError, an Outage, RemoteOutage: no backup was added then, unless only the last sync of the folder failed;
+    files that were copied serve the next one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = Artifacts(folder / "artifacts")
@@ -105,9 +106,9 @@ def save(database: Database, artifacts: Artifacts, folder: Path, progress: Progr
         nonlocal copied, written
         digest = reference.rpartition(":")[2]
         if not there.has(digest):
-            found = there.put_file(artifacts.path(reference))
-            if found != digest:
-                there.remove(found)
+            source = artifacts.path(reference)
+            # Damaged, it may be a good copy of another one, which the folder has or is to have: hence not put first.
+            if _digest_of(source) != digest or there.put_file(source) != digest:
                 return None
             copied, written = copied + 1, written + there.size(digest)
         kept.append(digest)
@@ -162,7 +163,9 @@ def restore(database: Database, artifacts: Artifacts, path: Path, progress: Prog
                 "says; no batch was restored: copy it again, or restore an older backup of the folder by its .json file"
             )
         progress(0.4 * place / len(about.artifacts))
-    brought = transfer.bring(database, artifacts, records, progress=lambda share: progress(0.4 + 0.6 * share))
+    brought = transfer.bring(
+        database, artifacts, records, progress=lambda share: progress(0.4 + 0.6 * share), apart=True
+    )
     return Restored(
         str(manifest),
         brought.batches,

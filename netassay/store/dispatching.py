@@ -31,9 +31,13 @@ LOSSES_SUSPECT = 3
 FRESH, LEFT = "s.waiting = 0 AND s.next = s.start AND s.next < s.stop", "s.waiting = 0 AND s.next < s.stop"
 #: A job takes no less than this, whatever a clock or a prediction says; 0 would mean chunks without bound.
 LEAST_SECONDS = 1e-6
+#: Nor does a prediction of less say by how much it was wrong: what such a job takes is mostly the way to it and back.
+LEAST_HINT = 1e-3
 #: What a job of segment `s` of method `m` is predicted to take: as measured; else as its method predicts, by as much
 #: more or less as the newest jobs of that method took. Jobs of one method may differ a thousandfold, and it knows that.
-PREDICTED = "coalesce(s.seconds, s.hint * m.seconds, s.hint)"
+PREDICTED = (
+    f"coalesce(s.seconds, CASE WHEN s.hint < {LEAST_HINT} THEN {LEAST_HINT} ELSE s.hint END * m.seconds, s.hint)"
+)
 
 
 @dataclass(frozen=True)
@@ -206,10 +210,11 @@ def _why_unfit(connection: Connection, batch_id: int, offered: Offer) -> str:
     )
 
 
-def pause_unfit(database: Database, offered: Offer, batch_ids: Collection[int]) -> list[str]:
+def pause_unfit(database: Database, batch_ids: Collection[int]) -> list[str]:
     """Pause those of these batches that are still unfit. Returns what to say about each."""
     said = []
     with database.write() as connection:
+        offered = offer(connection, alive_workers(connection))
         for batch_id, why in unfit(connection, offered).items():
             if batch_id not in batch_ids:
                 continue

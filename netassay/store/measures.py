@@ -43,27 +43,11 @@ class Measures:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Signs:
-    """What a worker that has not signed off showed last."""
-
-    id: int
-    name: str
-    slots: int
-    counter: int
-
-
 def schema(database: Database) -> str:
-    """The schema that the store has. Raises an Outage where there is none, or it does not answer."""
+    """The schema that the store has. Raises what the database raises where there is none, or it does not
+    answer."""
     with database.read() as connection:
         return connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
-
-
-def signs(database: Database) -> list[Signs]:
-    """All workers that have not signed off and were not given up."""
-    with database.read() as connection:
-        rows = connection.execute(text("SELECT id, name, slots, counter FROM worker WHERE state = 'alive' ORDER BY id"))
-        return [Signs(*row) for row in rows]
 
 
 def measure(database: Database) -> Measures:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 from netassay import faults
 from netassay.job import ENDS
 from netassay.store.database import SCHEMA, Database
-from netassay.store.dispatching import LEAST_SECONDS, LOSSES_SUSPECT, PREDICTED, release
+from netassay.store.dispatching import LEAST_HINT, LOSSES_SUSPECT, PREDICTED, release
 from netassay.store.reset import make_ready
 
 #: What a database, or its driver before it, raises for values it does not take.
@@ -469,7 +469,7 @@ def _finish(
             ).scalar_one()
             connection.execute(
                 text("UPDATE method_version SET seconds = :share WHERE id = :method"),
-                {"share": seconds_a_job / max(hint, LEAST_SECONDS), "method": claim.method_id},
+                {"share": seconds_a_job / max(hint, LEAST_HINT), "method": claim.method_id},
             )
 
 

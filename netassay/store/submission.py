@@ -90,7 +90,7 @@ def submit(
     while True:
         found = database.persist(PATIENCE, lambda: _named(database, name))
         if found is not None and found.digest == digest_of(segments):
-            return _again(database, found, name, fresh)
+            return _again(database, found, name, fresh, said=particulars if append else None)
         if found is not None and not append:
             raise _taken(name, found)
         try:
@@ -149,7 +149,7 @@ def _append(order: _Order, found: Opened) -> Submitted:
         if fresh:
             kept.append(_part(segment, fresh) if len(fresh) < len(segment.keys) else segment)
     if not kept:
-        return _again(order.database, found, order.name, order.fresh, order.segments)
+        return _again(order.database, found, order.name, order.fresh, order.segments, order.particulars)
     digest = _digest([there], (segment.keys for segment in kept))
     with _arriving(order, kept, digest, base=found.size) as arrival:
 
@@ -195,7 +195,7 @@ def _append(order: _Order, found: Opened) -> Submitted:
 def _more_tags(connection: Connection, batch_id: int, tags: Sequence[str]) -> str:
     """The batch's tags and these, as many as are kept."""
     there = connection.execute(text("SELECT tags FROM batch WHERE id = :id"), {"id": batch_id}).scalar_one()
-    return joined([*there.split(), *tags][:MOST_TAGS])
+    return joined(list(dict.fromkeys([*there.split(), *tags]))[:MOST_TAGS])
 
 
 def _part(segment: Segment, places: Sequence[int]) -> Segment:
@@ -235,15 +235,30 @@ def _dead() -> StoreError:
 
 
 def _again(
-    database: Database, found: Opened, name: str, fresh: bool, segments: Sequence[Segment] | None = None
+    database: Database,
+    found: Opened,
+    name: str,
+    fresh: bool,
+    segments: Sequence[Segment] | None = None,
+    said: Particulars | None = None,
 ) -> Submitted:
-    """The batch has all these jobs (of these segments, else just these): open it again if it was cancelled."""
+    """The batch has all these jobs (of these segments, else just these): open it again if it was cancelled.
+
+    said: by whoever appends; note and tags are taken though no job is new.
+    """
     rerun = 0
     if fresh:
         wanted = [key for segment in segments for key in segment.keys] if segments is not None else None
         rerun = _forget(database, _ids_in(database, found.id, wanted), kept=())
 
     def reopen(connection: Connection) -> int:
+        if said is not None and (said.note or said.tags):
+            connection.execute(
+                text(
+                    "UPDATE batch SET tags = :tags, note = CASE WHEN :note = '' THEN note ELSE :note END WHERE id = :id"
+                ),
+                {"id": found.id, "note": said.note, "tags": _more_tags(connection, found.id, said.tags)},
+            )
         return connection.execute(
             text("UPDATE batch SET state = 'open', reason = '' WHERE id = :id AND state = 'cancelled'"),
             {"id": found.id},

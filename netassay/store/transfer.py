@@ -209,6 +209,8 @@ class _Manifest(_Line):
     artifacts: int
     missing: list[str]
     members: dict[str, str]
+    apart: bool = False
+    """its files lie beside it: it is part of a backup"""
 
 
 # --- out ----------------------------------------------------------------------------------------------------------
@@ -335,6 +337,7 @@ class _Export:
             artifacts=kept if self.packs else 0,
             missing=missing,
             members=self.digests,
+            apart=not self.packs,
         )
         text = manifest.model_dump_json(indent=1).encode()
         self._add("manifest.json", io.BytesIO(text), len(text))
@@ -556,6 +559,7 @@ def bring(
     path: Path,
     rename: str = "",
     progress: Progress = lambda share: None,
+    apart: bool = False,
 ) -> Brought:
     """Take in what `export` wrote. Once more, it adds nothing; after a kill, it does the rest.
 
@@ -564,10 +568,13 @@ def bring(
     here wants no old failure. A batch whose name and jobs are those of one here is skipped; one whose name is taken by
     other jobs gets `rename` behind its name.
 
-    The whole file is checked first. Raises NotAnExport, BatchesDiffer: nothing was brought in then. A batch in hand
+    apart: its files, which do not lie in it, were brought already. The whole file is checked first. Raises NotAnExport,
+    BatchesDiffer: nothing was brought in then. A batch in hand
     takes the memory of its arriving.
     """
     with _opened(path) as archive:
+        if archive.manifest.apart and not apart:
+            raise NotAnExport(f"{path} is part of a backup, its files lie beside it; use: netassay restore")
         archive.check(lambda share: progress(0.3 * share))
         heads = archive.manifest.batches
         names = _names_for(database, heads, rename)
