@@ -852,12 +852,27 @@ def test_running_jobs_hear_of_a_pause_or_cancel_unless_another_open_batch_wants_
 
     assert asked() == (False, False)
     control.cancel(database, "a")
-    assert asked() == (False, False)  # b holds job 1
+    assert asked() == (False, True)  # b holds job 1: it comes to its end
     control.cancel(database, "b")
     assert asked() == (True, False)
     control.resume(database, "a")
     control.pause(database, "a")
     assert asked() == (False, True)
+
+
+def test_of_a_cancelled_batch_only_the_job_that_another_wants_comes_to_its_end(database: Database, worker: int) -> None:
+    submit(database, "a", jobs(range(4)))
+    finish(database, worker, take(database, worker))
+    submit(database, "b", jobs([2]))
+    claim = take(database, worker)
+    assert [number_of(task) for task in claim.tasks] == [1, 2, 3]
+    one, two, _ = (task.id for task in claim.tasks)
+    control.cancel(database, "a")
+    assert running.renew(database, worker, {claim.chunk_id: [one]}).cancelled == {claim.chunk_id}
+    assert running.renew(database, worker, {claim.chunk_id: [one, two]}).paused == {claim.chunk_id}
+    running.finish(database, worker, claim, [])
+    assert drain(database, worker) == [two]
+    audit_at_rest(database)
 
 
 def test_an_unknown_batch_is_named_with_the_newest_ones(database: Database) -> None:

@@ -157,7 +157,8 @@ def provenance_id(database: Database, digest: str, body: str) -> int:
 class Renewal:
     """What a worker learns when it renews. lost: it was given up and must sign on anew; schema: of the store now, where
     it is not the one this program knows; the chunks of its own to stop at once (cancelled) and after the jobs they run
-    now (paused); stray: those that it has not in hand."""
+    now (paused, or cancelled while another open batch holds one of those jobs); stray: those that it has not in
+    hand."""
 
     lost: bool
     schema: str
@@ -182,14 +183,16 @@ def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int
             )
         rows = connection.execute(
             text(
-                # A chunk of a batch that is not open runs on if another open batch waits for one of its jobs.
                 "SELECT c.id, b.state FROM chunk c JOIN batch b ON b.id = c.batch_id"
-                " WHERE c.worker_id = :id AND c.state = 'claimed' AND b.state <> 'open' AND NOT EXISTS ("
-                " SELECT 1 FROM running r JOIN membership m ON m.job_id = r.job_id JOIN batch o ON o.id = m.batch_id"
-                " WHERE r.chunk_id = c.id AND o.state = 'open')"
+                " WHERE c.worker_id = :id AND c.state = 'claimed' AND b.state <> 'open'"
             ),
             {"id": worker_id},
         ).all()
+        cancelled = frozenset(
+            row.id
+            for row in rows
+            if row.state == "cancelled" and not _wanted(connection, row.id, current.get(row.id, ()))
+        )
         claimed = connection.execute(
             text("SELECT id FROM chunk WHERE state = 'claimed' AND worker_id = :id"), {"id": worker_id}
         ).scalars()
@@ -197,10 +200,25 @@ def renew(database: Database, worker_id: int, current: Mapping[int, Sequence[int
     return Renewal(
         lost=not alive,
         schema="",
-        cancelled=frozenset(row.id for row in rows if row.state == "cancelled"),
-        paused=frozenset(row.id for row in rows if row.state != "cancelled"),
+        cancelled=cancelled,
+        paused=frozenset(row.id for row in rows) - cancelled,
         stray=stray,
     )
+
+
+def _wanted(connection: Connection, chunk_id: int, jobs: Sequence[int]) -> bool:
+    """Whether an open batch holds one of these jobs, which the chunk runs. What else is in the chunk goes back, and
+    runs for whoever wants it."""
+    if not jobs:
+        return False
+    found = connection.execute(
+        text(
+            "SELECT 1 FROM running r JOIN membership m ON m.job_id = r.job_id JOIN batch o ON o.id = m.batch_id"
+            f" WHERE r.chunk_id = :id AND r.job_id IN ({', '.join(map(str, jobs))}) AND o.state = 'open' LIMIT 1"
+        ),
+        {"id": chunk_id},
+    )
+    return found.one_or_none() is not None
 
 
 def give_back(database: Database, worker_id: int, chunk_ids: Iterable[int]) -> None:

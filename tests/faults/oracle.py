@@ -274,8 +274,9 @@ def _overwritten(
 
 
 def jobs_in_store(database: Database) -> int:
-    """Rows of jobs: those that were submitted, each once."""
-    return int(_ask(database, "SELECT count(*) AS n FROM job")[0].n)
+    """Jobs that the store knows by their key: those that were submitted, each once. A submission that dies while it
+    writes leaves rows in `job` that no key leads to; `netassay gc` removes them."""
+    return int(_ask(database, "SELECT count(*) AS n FROM job_key")[0].n)
 
 
 def distinct(batches: Iterable[Batch]) -> int:
