@@ -872,6 +872,8 @@ def test_of_a_cancelled_batch_only_the_job_that_another_wants_comes_to_its_end(d
     assert running.renew(database, worker, {claim.chunk_id: [one, two]}).paused == {claim.chunk_id}
     running.finish(database, worker, claim, [])
     assert drain(database, worker) == [two]
+    assert submit(database, "a", jobs(range(4))).reopened
+    assert len(drain(database, worker)) == 2
     audit_at_rest(database)
 
 
