@@ -174,8 +174,10 @@ class Place:
 
     def described(self) -> dict[str, Any] | None:
         """What the running supervisor wrote down, None where none runs."""
-        if not is_locked(self.lock):
-            return None
+        return self.left_behind() if is_locked(self.lock) else None
+
+    def left_behind(self) -> dict[str, Any] | None:
+        """What a supervisor wrote down, whether it still runs or was killed."""
         try:
             return json.loads(self.description.read_text())
         except (OSError, ValueError):
@@ -228,6 +230,9 @@ class Service:
     log: Path
     relayed: bool = False
     """whether its output goes through us, line by line, so that all of it is JSON"""
+    succeeds: bool = False
+    """whether its command ends with the number of the process before it, if there was one"""
+    predecessor: int = 0
     process: subprocess.Popen | None = None
     started: float = 0.0
     pause: float = 0.5
@@ -236,7 +241,9 @@ class Service:
     _relay: threading.Thread | None = None
 
     def start(self) -> None:
-        command = [*_TETHER, str(os.getpid()), *self.command]
+        before = self.process.pid if self.process is not None else self.predecessor
+        told = [str(before)] if self.succeeds and before else []
+        command = [*_TETHER, str(os.getpid()), *self.command, *told]
         with open(self.log, "ab") as log:
             # Celery imports from the folder it runs in: its logs' folder, not wherever the user happened to stand.
             self.process = subprocess.Popen(
@@ -306,11 +313,12 @@ class Lab:
             logs.complain("a lab runs here already")
             return 3
         with lock:
+            killed = place.left_behind()
             place.description.unlink(missing_ok=True)  # of one that was killed: its numbers may be others' by now
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: setattr(self, "stopping", True))
             try:
-                self._run(place)
+                self._run(place, killed["services"].get("worker", 0) if killed else 0)
             except LabError as error:
                 logs.complain(str(error))
                 return 1
@@ -321,7 +329,7 @@ class Lab:
                 place.lock.unlink(missing_ok=True)
         return 0
 
-    def _run(self, place: Place) -> None:
+    def _run(self, place: Place, killed_worker: int = 0) -> None:
         broker = self.config.broker
         if not broker:
             broker = self._private_redis(place)
@@ -338,7 +346,9 @@ class Lab:
         services["worker"] = worker_command(self.slots)
         for name, command in services.items():
             log = place.logs / f"{name}.log"
-            self.services.append(Service(name, command, environment, log, relayed=self.config.logs == "json"))
+            service = Service(name, command, environment, log, relayed=self.config.logs == "json")
+            service.succeeds, service.predecessor = name == "worker", killed_worker
+            self.services.append(service)
         for service in self.services:
             if service.process is None:
                 service.start()

@@ -197,6 +197,24 @@ def test_a_killed_lab_takes_all_with_it_and_goes_on_when_it_is_started_again(lab
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_a_worker_held_goes_on_as_soon_as_its_lab_has_put_another_in_its_place(kind: str) -> None:
+    """Not only when a dispatcher can be sure that it is lost."""
+    with a_lab(kind, LOST_AFTER="300") as lab:
+        lab.submit("worker", *mixture(lab, 11))
+        under_way(lab, 11)
+        lab.kill("worker")
+        lab.wait("worker", seconds=60)
+        lab.submit("all", *mixture(lab, 12))
+        under_way(lab, 12)
+        lab.kill("lab")
+        until(lambda: not lab.processes(), 10, "all processes to end with the lab")
+        lab.up()
+        lab.wait("all", seconds=60)
+        assert lab.query("SELECT count(*) FROM worker WHERE state = 'lost'") == [(2,)]
+        assert lab.violations("worker", "all", takeover=True) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "points",
     [

@@ -70,6 +70,8 @@ def _name_keys(sender: Celery, **_: Any) -> None:
 
 
 _supervisor: Supervisor | None = None
+#: Process of the worker whose place this one takes; set before it starts. 0: of none.
+predecessor = 0
 
 
 @app.task(name=TASK)
@@ -99,7 +101,7 @@ def _start(sender: Any = None, **_: Any) -> None:
     concurrency = sender.concurrency if sender is not None else 1
     try:
         supervisor = Supervisor(settings(), int(concurrency))
-        supervisor.start()
+        supervisor.start(predecessor)
     except Exception as error:
         # Celery only notes what a signal's receiver raises, and would go on to take messages that nobody can run.
         logs.complain(f"the worker cannot start: {error}")

@@ -16,6 +16,7 @@ A slot takes a chunk from claim to commit:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -31,13 +32,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import structlog
 from sqlalchemy import text
 
 from netassay import __version__, disk, faults
 from netassay.method import TIME_FACTOR
 from netassay.settings import Settings
-from netassay.store import artifacts, running, storable
+from netassay.store import artifacts, dispatching, running, storable
 from netassay.store.database import SCHEMA, Database, Outage
 from netassay.store.dispatching import CHUNK_SECONDS, LEAST_SECONDS, release
 from netassay.store.remote import RemoteOutage
@@ -637,9 +639,14 @@ class Supervisor:
     def name(self) -> str:
         return f"{socket.gethostname()}-{os.getpid()}"
 
-    def start(self) -> None:
-        """Sign on and begin to renew."""
+    def start(self, predecessor: int = 0) -> None:
+        """Sign on and begin to renew. predecessor: process of a worker of this host that has died."""
         self.database.prepare()
+        if predecessor and not psutil.pid_exists(predecessor) and faults.guarded("reconciler"):
+            # Whoever started us saw it end; a dispatcher would have to wait until that is certain.
+            with contextlib.suppress(*Outage):
+                for worker, chunks in dispatching.bury(self.database, socket.gethostname(), predecessor).items():
+                    log.warning("predecessor_lost", worker=worker, chunks=chunks)
         self._sign_on()
         threading.Thread(target=self._renew, name="renew", daemon=True).start()
 

@@ -365,6 +365,18 @@ def reclaim(database: Database, worker_id: int, counter: int) -> int | None:
         return len(chunks)
 
 
+def bury(database: Database, host: str, pid: int) -> dict[str, int]:
+    """Declare those workers lost that this process was, which has died. Returns by their names how many chunks went
+    back of each."""
+    with database.read() as connection:
+        found = connection.execute(
+            text("SELECT id, name, counter FROM worker WHERE host = :host AND pid = :pid AND state = 'alive'"),
+            {"host": host, "pid": pid},
+        ).all()
+    taken = {row.name: reclaim(database, row.id, row.counter) for row in found}
+    return {name: chunks for name, chunks in taken.items() if chunks is not None}
+
+
 def _count_loss(connection: Connection, worker_id: int, chunk: Row) -> None:
     """A worker died with these jobs in hand. Most often that is not their fault: it is counted apart from attempts,
     until it has happened so often that each further time a job had the chunk to itself is one.
