@@ -46,6 +46,12 @@ STILL_SECONDS = 5.0
 DISPATCHER_SECONDS = 5.0
 #: Clocks of two hosts may differ so much: times of records are for people.
 CLOCK_SECONDS = 5.0
+#: What a lab may do in Redis: the commands of docker/redis/users.acl, which says what each is for.
+REDIS_RIGHTS = (
+    "+@connection -@dangerous +info +time +lpush +rpush +rpop +brpop +llen +hset +hget +hdel +zadd +zrem +zrange"
+    " +zrangebyscore +sadd +srem +smembers +get +set +del +exists +pexpire +object|idletime +multi +exec +watch +unwatch"
+    " +evalsha +script|load +script|exists +publish +psubscribe +punsubscribe"
+)
 #: A compute child with torch takes some 300 MB before it has done anything.
 MEMORY_A_SLOT = 500_000_000
 OLDEST_REDIS = (6, 2)
@@ -185,7 +191,7 @@ def _redis_rights(config: Settings) -> Finding:
     if refused:
         user = client.connection_pool.connection_kwargs.get("username") or "default"
         told = f"the user {user} may not {', '.join(refused)} on keys {_prefix(config)}*"
-        return "wrong", told, f"give {user} the rights in docker/redis/users.acl, by: redis-cli acl setuser {user} ..."
+        return "wrong", told, f"redis-cli acl setuser {user} '~netassay:*' '&*' {REDIS_RIGHTS}"
     return _ok("all that a lab needs")
 
 

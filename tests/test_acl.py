@@ -28,7 +28,7 @@ from netassay.store import reading
 from netassay.store.database import Database
 from netassay.store.dispatching import key_prefix
 from producer import health as dispatcher_health
-from producer import lab, submission
+from producer import doctor, lab, submission
 from worker import health as worker_health
 
 START = Path(__file__).parent.parent / "docker" / "redis" / "start.sh"
@@ -145,6 +145,12 @@ def rights(guarded: Guarded) -> set[str]:
     """The single commands that the lab's user may call; those of @connection are no danger, whichever they are."""
     allowed = guarded.admin.acl_getuser("netassay")["commands"]
     return {right[1:] for right in allowed if right.startswith("+")}
+
+
+def test_the_doctor_gives_the_rights_of_the_file() -> None:
+    lines = (START.parent / "users.acl").read_text().splitlines()
+    user = " ".join(line for line in lines if not line.lstrip().startswith("#")).split("-@all", 1)[1]
+    assert doctor.REDIS_RIGHTS.split() == [word for word in user.split() if word[0] in "+-"]
 
 
 def used(guarded: Guarded) -> set[str]:
