@@ -27,8 +27,8 @@ from netassay.settings import Settings
 from netassay.store import reading
 from netassay.store.database import Database
 from netassay.store.dispatching import key_prefix
-from producer import health as dispatcher_health
 from producer import doctor, lab, submission
+from producer import health as dispatcher_health
 from worker import health as worker_health
 
 START = Path(__file__).parent.parent / "docker" / "redis" / "start.sh"
