@@ -408,7 +408,7 @@ def main() -> int:
             lab.reach_broker(config.broker).close()
         serve(config, stop)
     except UserError as error:
-        logs.complain(f"the dispatcher cannot run: {error}")
+        logs.complain(f"the dispatcher cannot start: {error}")
         return 1
     return 0
 

@@ -49,8 +49,8 @@ CLOCK_SECONDS = 5.0
 #: What a lab may do in Redis: the commands of docker/redis/users.acl, which says what each is for.
 REDIS_RIGHTS = (
     "+@connection -@dangerous +info +time +lpush +rpush +rpop +brpop +llen +hset +hget +hdel +zadd +zrem +zrange"
-    " +zrangebyscore +sadd +srem +smembers +get +set +del +exists +pexpire +object|idletime +multi +exec +watch +unwatch"
-    " +evalsha +script|load +script|exists +publish +psubscribe +punsubscribe"
+    " +zrangebyscore +sadd +srem +smembers +get +set +del +exists +pexpire +object|idletime +multi +exec +watch"
+    " +unwatch +evalsha +script|load +script|exists +publish +psubscribe +punsubscribe"
 )
 #: A compute child with torch takes some 300 MB before it has done anything.
 MEMORY_A_SLOT = 500_000_000

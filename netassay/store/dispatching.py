@@ -66,6 +66,7 @@ def alive_workers(connection: Connection) -> list[WorkerSeen]:
         text(
             "SELECT w.id, w.name, w.counter, w.slots, w.memory,"
             " (SELECT count(*) FROM worker_lack l WHERE l.worker_id = w.id) FROM worker w WHERE w.state = 'alive'"
+            " ORDER BY w.id"
         )
     )
     return [WorkerSeen(*row) for row in rows]
