@@ -291,7 +291,7 @@ def test_a_method_upgraded_under_a_running_lab_is_run_as_upgraded(added: Added, 
 
 
 #: What is wrong with a method -> what the pause says. Each of the three in both labs and by both ways, in six runs
-#: instead of twelve: a batch waits a quarter of a minute before it pauses.
+#: instead of twelve, three of them among the long ones: a batch waits a quarter of a minute before it pauses.
 LACKS = {
     "gone": ["cannot load", "resume the batch"],
     "import": ["cannot load", "No module named 'not_on_this_worker'", "install what it needs", "resume the batch"],
@@ -303,11 +303,11 @@ LACKS = {
     "installed, started, what",
     [
         ("folder", "embedded", "gone"),
-        ("folder", "embedded", "exit"),
         ("folder", "cluster", "import"),
-        ("package", "embedded", "import"),
-        ("package", "cluster", "gone"),
         ("package", "cluster", "exit"),
+        pytest.param("folder", "embedded", "exit", marks=pytest.mark.slow),
+        pytest.param("package", "embedded", "import", marks=pytest.mark.slow),
+        pytest.param("package", "cluster", "gone", marks=pytest.mark.slow),
     ],
     indirect=["installed", "started"],
 )
