@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 
 #: Longer paths of unix sockets are cut silently: sockaddr_un holds 107 bytes and a NUL.
 SOCKET_PATH_BYTES = 107
-#: A service that lived so long is not failing at its start.
-SETTLED_SECONDS = 10.0
+#: A service that lived so long is not failing at its start: whatever ended it, it is started again without delay.
+LIVED_SECONDS = 3.0
 LONGEST_PAUSE = 30.0
+#: Redis may take so long until it has its socket.
+SETTLED_SECONDS = 10.0
 #: What a service may take to end by itself, the worker beside its grace for running jobs.
 END_SECONDS = 10.0
 #: What a service wrote last is carried to its log for so long; a child of it may hold the pipe open.
@@ -265,7 +267,7 @@ class Service:
             return
         now = time.monotonic()
         if not self.due:
-            self.pause = 0.5 if now - self.started > SETTLED_SECONDS else min(2 * self.pause, LONGEST_PAUSE)
+            self.pause = 0.5 if now - self.started > LIVED_SECONDS else min(2 * self.pause, LONGEST_PAUSE)
             self.due = now + self.pause
             _tell("service_ended", service=self.name, code=self.process.returncode, started_again_in=self.pause)
         elif now >= self.due:

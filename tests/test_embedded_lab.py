@@ -188,3 +188,17 @@ def test_a_lab_that_cannot_start_says_why_and_leaves_nothing() -> None:
                 embedded_lab.up(lab.config, 1, flower=False)
             assert "too long for a unix socket" in lab.logs()
             assert leftovers(lab) == []
+
+
+def test_a_service_that_came_up_is_started_again_soon_however_often_it_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    service = embedded_lab.Service("sleeper", command, os.environ, tmp_path / "log")
+    for lived, pause in ((0.0, 1.0), (0.0, 2.0), (4.0, 0.5), (4.0, 0.5), (0.0, 1.0)):
+        service.start()
+        assert service.process is not None
+        service.process.kill()
+        service.process.wait()
+        service.started -= lived
+        service.tend()
+        assert service.pause == pause
+        service.due = 0.0
