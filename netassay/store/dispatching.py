@@ -368,7 +368,11 @@ def reclaim(database: Database, worker_id: int, counter: int) -> int | None:
 
 def bury(database: Database, host: str, pid: int) -> dict[str, int]:
     """Declare those workers lost that this process was, which has died. Returns by their names how many chunks went
-    back of each."""
+    back of each.
+
+    Where two hosts have one name, a worker of the other one may have that number: it signs on anew, and its chunks run
+    again.
+    """
     with database.read() as connection:
         found = connection.execute(
             text("SELECT id, name, counter FROM worker WHERE host = :host AND pid = :pid AND state = 'alive'"),

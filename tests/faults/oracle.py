@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,7 +277,3 @@ def jobs_in_store(database: Database) -> int:
     """Jobs that the store knows by their key: those that were submitted, each once. A submission that dies while it
     writes leaves rows in `job` that no key leads to; `netassay gc` removes them."""
     return int(_ask(database, "SELECT count(*) AS n FROM job_key")[0].n)
-
-
-def distinct(batches: Iterable[Batch]) -> int:
-    return len({name for batch in batches for name in batch.jobs})

@@ -189,7 +189,7 @@ def page(results: Sequence[Result], plain: Sequence[Sequence[Result]] = ()) -> s
     if whole:
         first = whole[0]
         lines += [
-            f"Measured on {first['machine']}, {first['began']}; the two labs of a line stood side by side.",
+            f"Measured on {first['machine']}, {first['began']}; load averages stand beside the commands.",
             "",
             *_totals(whole),
             "",
