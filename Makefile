@@ -49,8 +49,8 @@ faults: $(INSTALLED)
 	mkdir -p $(FAULTS)
 	-$(ASSAY)/embedded-3.json --lab embedded --kills 500 --lost-after 3 & \
 	$(ASSAY)/cluster-3.json --lab cluster --kills 500 --lost-after 3; wait
-	-$(ASSAY)/embedded-10.json --lab embedded --kills 50 --pause 3 6 & \
-	$(ASSAY)/cluster-10.json --lab cluster --kills 50 --pause 3 6; wait
+	-$(ASSAY)/embedded-10.json --lab embedded --kills 50 --pause 3 6 --slow 25
+	-$(ASSAY)/cluster-10.json --lab cluster --kills 50 --pause 3 6 --slow 25
 	-$(ASSAY)/without-claim.json --without claim --kills 40 --lost-after 3 --rest 40 --stop
 	-$(ASSAY)/without-fence.json --without fence --kills 40 --lost-after 3 --rest 40 --stop --no-points \
 		--only "worker stopped, beyond its lease" --only "compute child killed"

@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long, whatever is left")
     parser.add_argument("--stop", action="store_true", help="stop at the first round with a violation")
     parser.add_argument("--evidence", type=Path, help="folder for what is kept of a round with a violation")
+    parser.add_argument("--slow", type=float, default=float("inf"), help="keep evidence of recoveries above this")
     parser.add_argument("--report", type=Path, help="where to write what came of it: .json, or a page (.md)")
     asked = parser.parse_args()
 
@@ -45,7 +46,7 @@ def main() -> int:
 
     plan = harness.Plan(
         asked.lab, asked.kills, asked.lost_after, asked.seed, tuple(asked.pause), asked.without, asked.stop,
-        asked.evidence, not asked.no_points, tuple(asked.only), asked.rest, asked.minutes,
+        asked.evidence, asked.slow, not asked.no_points, tuple(asked.only), asked.rest, asked.minutes,
     )  # fmt: skip
     as_page = asked.report is not None and asked.report.suffix == ".md"
     try:
@@ -61,7 +62,7 @@ def main() -> int:
 
 def _without_places(arguments: list[str]) -> list[str]:
     """The command line without the files it writes: what the run is, wherever it is repeated."""
-    places = [place for place, word in enumerate(arguments) if word in ("--report", "--evidence")]
+    places = [place for place, word in enumerate(arguments) if word in ("--report", "--evidence", "--slow")]
     return [word for place, word in enumerate(arguments) if place not in places and place - 1 not in places]
 
 

@@ -61,6 +61,8 @@ class Plan:
     without: str = ""
     stop: bool = False
     evidence: Path | None = None
+    slow: float = float("inf")
+    """evidence is kept of a round with a recovery that took longer, in seconds"""
     points: bool = True
     only: tuple[str, ...] = ()
     """names of accidents; empty: all"""
@@ -471,7 +473,8 @@ def _own_methods() -> Iterator[None]:
 
 
 def _run(plan: Plan, report: Path | None, command: str) -> Outcome:
-    about = {key: value for key, value in dataclasses.asdict(plan).items() if key not in ("evidence", "deadline")}
+    apart = ("evidence", "slow", "deadline")
+    about = {key: value for key, value in dataclasses.asdict(plan).items() if key not in apart}
     outcome = Outcome(about, command, machine(), time.strftime("%Y-%m-%d"))
     began, number = time.monotonic(), 0
     plan.deadline = began + 60 * plan.minutes
@@ -493,11 +496,12 @@ def _run(plan: Plan, report: Path | None, command: str) -> Outcome:
                 )
                 if report is not None:
                     outcome.write(report)
+                if verdict.violations or max((hit.recovery or 0.0 for hit in one.hits), default=0.0) > plan.slow:
+                    place = plan.evidence or Path(tempfile.gettempdir()) / "netassay-faults"
+                    keep(place / f"{plan.lab}-{plan.seed}-{number}", one, verdict)
                 if verdict.violations:
                     for violation in verdict.violations[:20]:
                         say(f"  {violation}")
-                    place = plan.evidence or Path(tempfile.gettempdir()) / "netassay-faults"
-                    keep(place / f"{plan.lab}-{plan.seed}-{number}", one, verdict)
                     break
     outcome.seconds = time.monotonic() - began
     if report is not None:

@@ -71,7 +71,9 @@ class Postgres:
     def _do(self, name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         folder = binaries()
         assert folder is not None
-        command = [*_as_other(), str(folder / name), *map(str, arguments)]
+        # A folder with the server alone has no pg_dump; the path has.
+        program = folder / name if (folder / name).exists() else name
+        command = [*_as_other(), str(program), *map(str, arguments)]
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=check, timeout=120)
 
     def url(self, port: int | None = None, database: str = "netassay") -> str:

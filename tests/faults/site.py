@@ -351,5 +351,5 @@ class Site:
             shutil.copy2(file, place)
         if self.postgres is not None:
             dump = self.postgres._do("pg_dump", self.postgres.url(), check=False)
-            (place / "store.sql").write_text(dump.stdout)
+            (place / "store.sql").write_text(dump.stdout or dump.stderr)
             shutil.copy2(self.postgres.log, place)
