@@ -146,7 +146,7 @@ def begin(database: Database, name: str, digest: bytes, size: int, particulars: 
     be kept."""
     check_name(name)
     particulars.check()
-    with database.write(beside=True) as connection:
+    with database.write(beside=True, lasting=True) as connection:
         return connection.execute(
             text(
                 "INSERT INTO batch (name, digest, state, weight, size, submitted_at, note, submitter, tags)"
@@ -166,6 +166,7 @@ class Arrival:
 
     Other submissions, and workers, write at the same time: nothing here is looked at by them before the batch is open,
     but for `job_key`, into which all write in the order of the keys.
+    Each step goes on from those before it, through a crash of PostgreSQL: all are lasting.
     """
 
     database: Database
@@ -197,6 +198,7 @@ class Arrival:
         return self.database.transact(
             lambda connection: self.database.insert(connection, table, columns, rows, ignore or next(tries) > 0),
             beside=True,
+            lasting=True,
         )
 
     def _find(self, keys: list[bytes], order: list[int]) -> None:
@@ -219,14 +221,16 @@ class Arrival:
                 text("UPDATE lab SET value = value + :n WHERE name = 'next_job' RETURNING value"), {"n": new}
             ).scalar_one()
 
-        following = self.database.transact(take, beside=True) - new
+        following = self.database.transact(take, beside=True, lasting=True) - new
         for place, known in enumerate(self.ids):
             if not known:
                 self.ids[place] = following
                 following += 1
 
     def _insert_jobs(self) -> None:
-        self.methods = self.database.transact(lambda connection: _method_ids(connection, self.segments), beside=True)
+        self.methods = self.database.transact(
+            lambda connection: _method_ids(connection, self.segments), beside=True, lasting=True
+        )
         jobs = (
             (key, self.methods[segment.method, segment.version], params)
             for segment in self.segments
@@ -248,7 +252,7 @@ class Arrival:
             found = self.database.persist(PATIENCE, functools.partial(self._look_up, keys, piece))
             lost = [place for place in piece if found[keys[place]] != self.ids[place]]
             self.database.transact(
-                functools.partial(_delete_jobs, jobs=[self.ids[place] for place in lost]), beside=True
+                functools.partial(_delete_jobs, jobs=[self.ids[place] for place in lost]), beside=True, lasting=True
             )
             for place in lost:
                 self.ids[place] = found[keys[place]]

@@ -84,7 +84,7 @@ def retry(database: Database, name: str, cause: str | None = None) -> int:
         retried += database.transact(functools.partial(forget_records, jobs=piece), durable=True)
     if retried:
         judge = text("UPDATE batch SET judged = 1 WHERE id = :id")
-        database.transact(lambda connection: connection.execute(judge, {"id": batch_id}))
+        database.transact(lambda connection: connection.execute(judge, {"id": batch_id}), durable=True)
     return retried
 
 

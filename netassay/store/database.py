@@ -6,6 +6,14 @@ A write takes its lock at its start, so a transaction never fails half-way for w
 * `beside`: what a worker does to chunks of its own, and what a submission writes before it opens, may run at the same
   time as other such writes; who writes so has to say why the steps of two of them cannot cross.
 
+How far a write is waited for:
+
+* as it comes (the default): a crash of PostgreSQL may forget the last moments, in order and as a whole. For whoever
+  asks the store again before going on.
+* `lasting`: a crash of PostgreSQL does not undo it. For whoever goes on from it in memory, through the crash and behind
+  it: ids that were handed out, rows that later ones are about. SQLite has no server that could crash without its users.
+* `durable`: it and all before it are on disk. For what a person is told.
+
 SQLite has one writer at a time anyway (WAL mode, BEGIN IMMEDIATE). On PostgreSQL an advisory lock is held alone or
 shared; its queue is fair, so a stream of shared holders starves nobody. Statements there run at READ COMMITTED: each
 sees what was committed when it began. A connection serves one thread at a time.
@@ -139,9 +147,9 @@ class Database:
             yield connection
 
     @contextlib.contextmanager
-    def write(self, durable: bool = False, beside: bool = False) -> Iterator[Connection]:
-        """One transaction, alone or `beside` others of that kind; `durable`: when the block ends, it and all before it
-        have been synced to disk."""
+    def write(self, durable: bool = False, beside: bool = False, lasting: bool = False) -> Iterator[Connection]:
+        """One transaction, alone or `beside` others of that kind. When the block ends it is committed; `durable`, and
+        on PostgreSQL `lasting` too: it and all before it have been synced to disk."""
         with self.engine.connect() as connection:
             if self.sqlite:
                 connection = connection.execution_options(netassay_write=True)
@@ -150,14 +158,19 @@ class Database:
             try:
                 with connection.begin():
                     if not self.sqlite:
-                        _take_turn(connection, durable, beside)
+                        _take_turn(connection, durable or lasting, beside)
                     yield connection
             finally:
                 if self.sqlite and durable:
                     _synchronous(connection, "NORMAL")
 
     def transact(
-        self, action: Callable[[Connection], T], durable: bool = False, beside: bool = False, seconds: float = PATIENCE
+        self,
+        action: Callable[[Connection], T],
+        durable: bool = False,
+        beside: bool = False,
+        lasting: bool = False,
+        seconds: float = PATIENCE,
     ) -> T:
         """`action` in one transaction; again, for so many seconds, where the database was out or broke a deadlock.
 
@@ -165,7 +178,7 @@ class Database:
         """
 
         def once() -> T:
-            with self.write(durable, beside) as connection:
+            with self.write(durable, beside, lasting) as connection:
                 return action(connection)
 
         # SQLite has waited for its lock already, and what else it complains of (a full disk) does not pass by itself.
@@ -376,9 +389,8 @@ def _synchronous(connection: Connection, level: str) -> None:
         dbapi.cursor().execute(f"PRAGMA synchronous={level}")
 
 
-def _take_turn(connection: Connection, durable: bool, beside: bool) -> None:
-    # Without the wait for the disk a crash of the server may forget the last moments, in order and as a whole, as
-    # SQLite does at synchronous=NORMAL; the next durable write brings all before it to disk.
+def _take_turn(connection: Connection, synced: bool, beside: bool) -> None:
+    # Others see a transaction that is synced only once it is: what they find and build on is on disk, too.
     shared = "_shared" if beside else ""
     # Each of our writes goes by indexes from the rows it is about. Tables grow from nothing to millions in seconds, and
     # until the statistics have followed, the planner would rather read them whole.
@@ -389,7 +401,7 @@ def _take_turn(connection: Connection, durable: bool, beside: bool) -> None:
             " set_config('idle_in_transaction_session_timeout', :silent, true),"
             f" pg_advisory_xact_lock{shared}(:lock)"
         ),
-        {"level": "on" if durable else "off", "lock": _LOCK, "silent": f"{SILENT_SECONDS}s"},
+        {"level": "on" if synced else "off", "lock": _LOCK, "silent": f"{SILENT_SECONDS}s"},
     )
 
 

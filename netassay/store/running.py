@@ -95,8 +95,8 @@ class Death:
 
 
 def sign_on(database: Database, name: str, host: str, pid: int, slots: int, memory: int = 0) -> int:
-    """A worker joins. memory: bytes that its slots together may use; 0: not told. Returns its id."""
-    with database.write(beside=True) as connection:
+    """A worker joins. memory: bytes that its slots together may use; 0: not told. Returns its id, and only its own."""
+    with database.write(beside=True, lasting=True) as connection:
         return connection.execute(
             text(
                 "INSERT INTO worker (name, host, pid, slots, memory, schema, state, started_at)"
@@ -143,7 +143,7 @@ def has(database: Database, worker_id: int, method_id: int) -> None:
 
 
 def provenance_id(database: Database, digest: str, body: str) -> int:
-    with database.write(beside=True) as connection:
+    with database.write(beside=True, lasting=True) as connection:
         connection.execute(
             text("INSERT INTO provenance (digest, body) VALUES (:digest, :body) ON CONFLICT DO NOTHING"),
             {"digest": digest, "body": body},

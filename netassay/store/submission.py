@@ -334,5 +334,5 @@ def _forget(database: Database, known: list[int], kept: Sequence[str], done: boo
 
         # Mostly there is none: to look needs no turn at the store.
         if ended := database.persist(PATIENCE, find):
-            forgotten += database.transact(functools.partial(forget_records, jobs=ended))
+            forgotten += database.transact(functools.partial(forget_records, jobs=ended), lasting=True)
     return forgotten

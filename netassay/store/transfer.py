@@ -672,7 +672,7 @@ def _worker_id(database: Database, line: _Worker) -> int:
             values,
         ).scalar_one()
 
-    return database.transact(find)
+    return database.transact(find, lasting=True)
 
 
 @dataclass
@@ -735,7 +735,7 @@ class _Arriving:
             piece = {job_id: next(jobs) for job_id in ids[start : start + 5_000]}
             ended = {job_id: job for job_id, job in piece.items() if job.record or job.attempts or job.losses}
             if ended:
-                records, attempts = self.database.transact(functools.partial(self._keep, jobs=ended))
+                records, attempts = self.database.transact(functools.partial(self._keep, jobs=ended), lasting=True)
                 self.counts.records += records
                 self.counts.attempts += attempts
             self.progress(0.5 + 0.5 * start / len(ids))

@@ -155,7 +155,7 @@ def _starts(
     for earlier, later in itertools.combinations(runs, 2):
         if earlier.pid == later.pid or later.start >= earlier.end:
             continue
-        # A killed process is seen to be gone by the next look only.
+        # A process that died is seen to be gone by the next look only.
         if earlier.stop is None and later.start > _end_by_death(case, earlier) - LOOK_SLACK:
             continue
         if _taken_over(case, earlier, later):
@@ -183,9 +183,9 @@ def _starts(
 
 
 def _end_by_death(case: Case, run: Run) -> float:
-    """When its process was hit or seen to be gone, whichever was first."""
+    """Until when its process is known to have run: it was hit, or seen for the last time, whichever was first."""
     killed = [hit.at for hit in case.hits if run.pid in hit.victims or case.witness.parent.get(run.pid) in hit.victims]
-    return min([moment for moment in killed if moment >= run.start] + [run.end])
+    return min([moment for moment in killed if moment >= run.start] + [run.end if run.lived is None else run.lived])
 
 
 def _taken_over(case: Case, earlier: Run, later: Run) -> bool:

@@ -127,6 +127,15 @@ def test_a_run_cut_short_by_a_kill_does_not_overlap_what_follows(scene: Scene) -
     assert scene.judged().violations == []
 
 
+def test_a_process_that_died_between_two_late_looks_did_not_run_until_the_second(scene: Scene) -> None:
+    name = scene.name(3)
+    scene.hits.append(Hit("worker killed", True, 12.0, 12.0, (7,), (7,)))
+    scene.runs[name] = [Run(name, 70, 13.0, None, 14.8, 13.2), Run(name, 80, 14.0, 14.5)]
+    assert scene.judged().violations == []
+    scene.runs[name][0].lived = 14.7
+    assert "ran twice at the same time" in scene.judged().doubled[0]
+
+
 def test_more_starts_than_a_chunk_mate_may_have_are_told(scene: Scene) -> None:
     name = scene.name(3)
     scene.change(

@@ -188,6 +188,8 @@ def test_the_eyes_see_runs_deaths_and_lines_that_were_cut(tmp_path: Path) -> Non
         assert seen.open(child.pid) == []
         assert seen.runs["sleep 1"][0].stop is None
         assert seen.runs["sleep 1"][0].end < float("inf")
+        assert seen.runs["sleep 1"][0].lived is not None
+        assert seen.runs["sleep 1"][0].lived < seen.runs["sleep 1"][0].end
         with open(log, "a") as file:  # it had written that before it died, after we had looked
             file.write(f'{{"job": "sleep 1", "event": "end", "pid": {child.pid}, "monotonic": 4.0}}\n')
         seen.look()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from worker.limits import family
 
-#: Seconds between two looks at the log and at the processes. A process that is seen to be gone went within the last.
+#: Seconds between two looks at the log and at the processes; on a busy machine it may be more.
 LOOK_SECONDS = 0.05
 
 
@@ -26,6 +26,8 @@ class Run:
     stop: float | None = None
     over: float | None = None
     """when its process was seen to be gone, or to have begun something else; None while neither is so"""
+    lived: float | None = None
+    """of a process that was seen to be gone: when it was last seen to be there"""
 
     @property
     def end(self) -> float:
@@ -52,6 +54,7 @@ class Witness:
 
     def __post_init__(self) -> None:
         self._open: dict[int, list[Run]] = {}
+        self._there: dict[int, float] = {}
         self._file: Path | None = None
         self._read, self._rest = 0, b""
         self._lock = threading.RLock()
@@ -88,11 +91,13 @@ class Witness:
             if self._file is not None:
                 self._append()
             for pid, runs in list(self._open.items()):
-                if not alive(pid):
-                    self.gone.setdefault(pid, now)
-                    for run in runs:
-                        run.over = now
-                    del self._open[pid]
+                if alive(pid):
+                    self._there[pid] = now
+                    continue
+                self.gone.setdefault(pid, now)
+                for run in runs:
+                    run.over, run.lived = now, max(run.start, self._there.get(pid, run.start))
+                del self._open[pid]
 
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
