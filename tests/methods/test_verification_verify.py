@@ -117,7 +117,7 @@ def absolute() -> str:
         ((-1, 1), "(<= Y_0 0)", "sat"),  # at 0 only
         ((-1, 0.5), "(>= Y_0 0.75)", "sat"),
         ((0.25, 1), "(<= Y_0 0.2)", "unsat"),
-        ((-1, 1), "(and (>= Y_0 0.9) (<= Y_0 0.1))", "unknown"),  # each can be met, the two together cannot
+        ((-1, 1), "(and (>= Y_0 0.9) (<= Y_0 0.1))", "unsat"),  # each can be met, the two together on no part
         ((-1, 1), "(and (>= Y_0 0.9) (<= Y_0 -0.1))", "unsat"),  # the second cannot
         ((-1, 1), "(or (>= Y_0 1.5) (<= Y_0 -0.5))", "unsat"),
         ((-1, 1), "(or (>= Y_0 1.5) (<= Y_0 0.5))", "sat"),
@@ -192,16 +192,21 @@ def test_a_verdict_may_hold_in_float32_only() -> None:
 
 def test_what_float32_may_round_away_is_proven_by_no_bound() -> None:
     """Both networks are 1 in real arithmetic; float32 sums lose the 1 beside 2^25, or do not, as their order is."""
+    whole = {"nodes": 0}  # what is split is proven for real arithmetic only, and says so
     once = dense(([[1, 2**25, -(2**25)]], [0]))
-    assert verdict(once, [[(1, 1)] * 3], "(<= Y_0 0.5)") != "unsat"
+    assert verdict(once, [[(1, 1)] * 3], "(<= Y_0 0.5)", **whole) != "unsat"
+    assert verify.run(ask(once, [[(1, 1)] * 3], "(<= Y_0 0.5)")).arithmetic in ("real", "float32")
     assert verdict(once, [[(1, 1)] * 3], "(<= Y_0 -1000)") == "unsat"
     # The first two of these neurons cancel; only linear bounds see that, so intervals prove nothing anyway.
     first = ([[1], [1], [0], [0]], [2, 2, 2**25, 1])
     for large, expected in ((2**25, ("sat", "unknown")), (2**23, ("unknown",)), (2**3, ("unsat",))):
         neurons = (first[0], [2, 2, large, 1])
         network = dense(neurons, ([[1, -1, 1, 1]], [-large]))
-        assert verdict(network, [[(0, 1)]], "(<= Y_0 0.5)", bounds="ibp") == "unknown" or "sat" in expected
-        assert verdict(network, [[(0, 1)]], "(<= Y_0 0.5)") in expected
+        assert verdict(network, [[(0, 1)]], "(<= Y_0 0.5)", bounds="ibp", **whole) == "unknown" or "sat" in expected
+        assert verdict(network, [[(0, 1)]], "(<= Y_0 0.5)", **whole) in expected
+        if large == 2**23:
+            split = verify.run(ask(network, [[(0, 1)]], "(<= Y_0 0.5)"))
+            assert (split.verdict, split.by, split.arithmetic) == ("unsat", "splitting", "real")
 
 
 def test_a_decimal_bound_is_neither_left_by_a_counterexample_nor_rounded_away(absolute: str) -> None:
@@ -227,9 +232,11 @@ def test_where_a_float32_evaluation_may_overflow_nothing_is_proven() -> None:
     # 3e38 x - 3e38 x + 1 is 1 in exact arithmetic, and NaN or infinite in float32 for x = 4.
     network = dense(([[3e38], [3e38]], [0, 0]), ([[1e-38, -1e-38]], [1]))
     for box, expected in ((0.25, "unsat"), (4, "unknown")):
-        result = verify.run(ask(network, [[(0, box)]], "(<= Y_0 -100)"))
+        result = verify.run(ask(network, [[(0, box)]], "(<= Y_0 -100)", nodes=0))
         assert result.verdict == expected
-    assert verdict(network, [[(-(10**39), 10**39)]], "(<= Y_0 -100)") == "unknown"
+    assert verdict(network, [[(-(10**39), 10**39)]], "(<= Y_0 -100)", nodes=0) == "unknown"
+    split = verify.run(ask(network, [[(0, 4)]], "(<= Y_0 -100)"))
+    assert (split.verdict, split.arithmetic) == ("unsat", "real")
 
 
 # --- independent evaluation -------------------------------------------------------------------------------------------
@@ -383,7 +390,7 @@ def test_tighter_bounds_refute_more_and_never_say_otherwise(asked: list) -> None
     for params in itertools.chain(*asked):
         results = {}
         for bounds in ("ibp", "crown_ibp", "crown"):
-            chosen = params.model_copy(update={"bounds": bounds, "samples": 0, "steps": 0})
+            chosen = params.model_copy(update={"bounds": bounds, "samples": 0, "steps": 0, "nodes": 0})
             results[bounds] = verify.run(chosen)
             refuted[bounds] += results[bounds].refuted
             assert results[bounds].by in (
@@ -410,7 +417,7 @@ def test_corners_are_among_the_samples() -> None:
     result = verify.run(question)
     assert (result.verdict, result.by) == ("sat", "attack")
     assert float(result.counterexample @ weight[0]) >= 5.85
-    assert verify.run(question.model_copy(update={"samples": 0})).verdict == "unknown"
+    assert verify.run(question.model_copy(update={"samples": 0, "nodes": 0})).verdict == "unknown"
 
 
 # --- what does not apply ----------------------------------------------------------------------------------------------
@@ -508,6 +515,8 @@ def test_instances_of_the_competition_are_decided_as_its_tools_did(category: str
         result = verify.run(params)
         known = truth[network, wanted]
         assert result.verdict in (known, "unknown"), (network, wanted)
+        if category == "acasxu":
+            assert result.verdict == known
         assert expected in (None, result.verdict), (network, wanted, result.verdict)
         if result.verdict == "sat":
             output = replayed(params.network, result.counterexample)

@@ -11,26 +11,31 @@ shape in the file. Stages, each for the (box, conjunction) pairs that the ones b
 2. attack: `samples` points of the box and its corners, then `steps` of projected gradient descent from the best
    `restarts` of them (Madry et al. 2018), for each conjunction by itself;
 3. crown: backward linear bounds (Zhang et al. 2018), every layer bounded backward; `crown_ibp`: between boxes;
-4. attack again, from the corners where the linear bounds of stage 3 are least.
+4. attack again, from the corners where the linear bounds of stage 3 are least;
+5. splitting: branch and bound over the inputs (`netassay.numerics.branch_and_bound.inputs`), where these are at most
+   `INPUTS`: parts of the box are bounded and halved until all are refuted, one holds a counterexample, or `nodes` of
+   them were bounded. Boxes of more inputs are not split.
 
 The margin of a pair is max over k of (a lower bound of min c_k.f) - b_k, in units of the property: above 0 it is
-refuted. There is no branching: a pair that the bounds over the whole box leave open stays open.
+refuted. Of a box that was split it is the least over its parts, a bound as long as it is at most 0; above 0 it only
+says that all are refuted, for what clipping cuts off is no nearer known.
 
-What "unsat" means in floating point: as for `verification.certify`, the bounds are computed in float64 with an a-priori
-bound on their own rounding taken off, on the box rounded outward; they hold in real arithmetic, and for every float32
-evaluation of the network, in any order of summation, at every float32 input of the box, whose worst-case error is taken
-off too (`netassay.numerics.bounds.rounding` says what is not covered). Where such an evaluation might overflow, bounds
-claim nothing. What "sat" means: the counterexample consists of float32 numbers, lies in the box of the decimals as they
-are written, and the outputs that onnxruntime computes of it from the original file meet the constraints, both in exact
-arithmetic, without any tolerance. `arithmetic` says whether real arithmetic agrees; where it does not, the property may
-hold in one and fail in the other.
+What "unsat" means in floating point: the bounds are computed in float64 with an a-priori bound on their own rounding
+taken off, on the box rounded outward: they hold in real arithmetic. Those of stages 1 and 3 hold, as for
+`verification.certify`, also for every float32 evaluation of the network, in any order of summation, at every float32
+input of the box, whose worst-case error is taken off too (`netassay.numerics.bounds.rounding` says what is not
+covered); where such an evaluation might overflow, they claim nothing. Splitting proves real arithmetic only: near a
+knife's edge a float32 evaluation may then still be unsafe. What "sat" means: the counterexample consists of float32
+numbers, lies in the box of the decimals as they are written, and the outputs that onnxruntime computes of it from the
+original file meet the constraints, both in exact arithmetic, without any tolerance. `arithmetic` says whether real
+arithmetic agrees; where it does not, the property may hold in one and fail in the other.
 
-"unknown" is an answer about these bounds and this attack, not about the network. A box that holds no float32 point
-(an input fixed to 0.1) cannot end as sat. Verdicts do not depend on which jobs are computed together; margins agree to
-1e-9 relative to the largest intermediate value of the network over the box.
+"unknown" is an answer about these bounds, this attack and this many parts, not about the network. A box that holds no
+float32 point (an input fixed to 0.1) cannot end as sat. Verdicts do not depend on which jobs are computed together;
+margins agree to 1e-9 relative to the largest intermediate value of the network over the box.
 
 Cost: for each box ibp one product with |W| a layer, and crown O(sum over layers of n^3) for width n; for each pair the
-attack, samples + 2 steps restarts evaluations.
+attack, samples + 2 steps restarts evaluations. A part of a split box costs some 35 us for a network of 5-50x6-5.
 
 Reference: Bak, Liu, Johnson. The second international verification of neural networks competition (VNN-COMP 2021):
 summary and results. 2021.
@@ -66,6 +71,7 @@ from netassay.numerics.bounds import backward, interval, rounding
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.linear import chain
 from netassay.numerics.bounds.regions import Box
+from netassay.numerics.branch_and_bound import inputs
 from netassay.vnnlib import Case, Conjunction
 
 if TYPE_CHECKING:
@@ -73,7 +79,7 @@ if TYPE_CHECKING:
 
     from netassay.job import Record
 
-VERSION = 1
+VERSION = 2
 #: Of a trained network: training magnifies the last bit of a processor's arithmetic.
 GOLDEN_TOLERANCE = 0.05
 
@@ -91,14 +97,16 @@ class Params(Contract):
     """of them, how many the descent starts at"""
     steps: Annotated[Index, Field(le=10_000)] = 30
     """gradient steps of each start"""
+    nodes: Annotated[Index, Field(le=1_000_000_000)] = 2_000_000
+    """parts of its boxes that are bounded in branch and bound; 0: boxes are not split"""
     seed: Seed = 0
 
 
 class Result(Contract):
     verdict: Verdict
-    by: Literal["ibp", "attack", "crown"] | None
+    by: Literal["ibp", "attack", "crown", "splitting"] | None
     """the stage that decided, the last one of several; None for unknown"""
-    arithmetic: Literal["real and float32", "float32"] | None
+    arithmetic: Literal["real and float32", "float32", "real"] | None
     """what the verdict is proven for: float32 is that of onnxruntime for sat, any for unsat; None for unknown"""
     boxes: int
     pairs: int
@@ -109,6 +117,14 @@ class Result(Contract):
     """the least of `margins`; above 0 exactly for unsat"""
     margins: Array
     """best lower bound of each pair's violation, in the order of the property: (pairs,), float64"""
+    nodes: int
+    """parts of boxes that were bounded in branch and bound"""
+    left: int
+    """parts that were neither refuted nor split further when `nodes` were used up"""
+    depth: int
+    """halvings above the smallest part"""
+    trace: Array | None
+    """how the least margin of the last box that was split rose with the parts bounded: (steps, 2), float64"""
     violation: float | None
     """the least violation (at most 0: unsafe) onnxruntime met in the attack; None where no point was tried"""
     counterexample: Array | None
@@ -117,6 +133,9 @@ class Result(Contract):
     """what onnxruntime makes of it, flattened"""
 
 
+#: Inputs of a network whose boxes are split. Halving one of them cuts a volume in two, so what a bound gains by it
+#: falls with their number; networks of control have up to a dozen or two, images hundreds and more.
+INPUTS = 20
 #: Measured on one core, in groups of up to 32: ACAS Xu (5-50x6-5) 0.03 s a job; 784-256x2-10 0.5 s, x4 0.6, x6 0.8.
 NEEDS = Needs(seconds=0.2, memory=2**30, libraries=("numpy", "torch", "onnx", "onnxruntime"), group=32)
 
@@ -208,6 +227,10 @@ class _Item:
     violation: float | None = None
     counterexample: Any = None
     output: Any = None
+    nodes: int = 0
+    left: int = 0
+    depth: int = 0
+    trace: Sequence[tuple[int, float]] = ()
 
     def result(self) -> Result:
         margins = np.array([pair.margin for pair in self.pairs])
@@ -220,6 +243,10 @@ class _Item:
             refuted=int((margins > 0).sum()),
             margin=float(margins.min()),
             margins=margins,
+            nodes=self.nodes,
+            left=self.left,
+            depth=self.depth,
+            trace=np.array(self.trace, dtype=np.float64) if self.trace else None,
             violation=self.violation,
             counterexample=self.counterexample,
             output=self.output,
@@ -279,6 +306,7 @@ def _decide(graph: Graph, items: Sequence[_Item]) -> None:
     for method in ("crown", "crown_ibp"):
         _bounded(graph, _pieces([item for item in items if item.params.bounds == method]), method)
     _attacked(graph, [item for item in items if item.params.bounds != "ibp"], _corners)
+    _searched(graph, items)
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------
@@ -468,6 +496,52 @@ def _sound(graph: Graph, boxes: dict[str, Interval]) -> tuple[Tensor, Tensor]:
     load = rounding.load(graph, boxes, torch.float32)
     inputs = boxes[graph.input].magnitude().flatten(1).amax(1) <= torch.finfo(torch.float32).max
     return finite & inputs & (load < 1), (load - 1).abs() <= _NEAR_OVERFLOW
+
+
+# --- branch and bound -------------------------------------------------------------------------------------------------
+
+
+def _searched(graph: Graph, items: Sequence[_Item]) -> None:
+    """Split the boxes of the open pairs, one job after the other: what is known of one has nothing to do with the
+    others.
+    """
+    open_ = [item for item in items if item.verdict == "unknown" and item.params.nodes]
+    if not open_ or math.prod(graph.input_shape) > INPUTS:
+        return
+    stack = inputs.layers(graph, torch.float64)
+    if stack is None:
+        return
+    for item in open_:
+        for piece in _pieces([item]):
+            _search(graph, stack, item, piece)
+            if item.verdict != "unknown":
+                break
+        if item.verdict == "unknown" and all(pair.margin > 0 for pair in item.pairs):
+            item.verdict, item.by, item.arithmetic = "unsat", "splitting", "real"
+
+
+def _search(graph: Graph, stack: Sequence[inputs.Layer], item: _Item, piece: _Piece) -> None:
+    lower, upper = _representable(graph, piece.pairs[0].case)
+
+    def judge(point: Tensor, conjunction: int) -> bool:
+        near = torch.minimum(torch.maximum(point.reshape(lower.shape), lower), upper)
+        _judge(graph, piece.pairs[conjunction], near.float().double())
+        return item.verdict == "sat"
+
+    outputs = math.prod(graph.output_shape)
+    rows = torch.zeros(len(piece.rows), outputs, dtype=torch.float64)
+    rows[:, : piece.rows.shape[1]] = piece.rows
+    query = inputs.Query(
+        piece.lower[0].flatten(), piece.upper[0].flatten(), rows, piece.bound, piece.unit, torch.tensor(piece.owners)
+    )
+    budget = item.params.nodes - item.nodes
+    answer = inputs.search(graph, stack, query, judge, budget, _seed(piece.pairs[0]))
+    item.nodes, item.left, item.trace = item.nodes + answer.parts, item.left + answer.open, answer.trace
+    item.depth = max(item.depth, answer.deepest)
+    if answer.found:
+        item.by = "splitting"
+    for pair, margin in zip(piece.pairs, answer.margins.tolist(), strict=True):
+        pair.margin = max(pair.margin, margin)
 
 
 # --- attack -----------------------------------------------------------------------------------------------------------
