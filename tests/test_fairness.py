@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from labs import KINDS, a_lab, until, variables
+from labs import a_lab, until, variables
 
 from netassay.store import control, reading
 
@@ -26,7 +26,7 @@ def benchmark() -> ModuleType:
 
 
 @pytest.mark.timeout(600)  # some 25 s on an idle machine
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("cluster", marks=pytest.mark.slow)])
 def test_ten_short_jobs_behind_fifty_thousand_wait_some_seconds(kind: str) -> None:
     fairness = benchmark()
     with a_lab(kind) as lab, variables(lab.environment):

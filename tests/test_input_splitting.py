@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def query(
     unit = 2.0 ** -torch.floor(torch.log2(rows.abs().amax(1)))
     bound = torch.tensor([b for *_, b in constraints], dtype=torch.float64)
     ends = (torch.tensor(end, dtype=torch.float64) for end in (lower, upper))
-    return Query(*ends, rows * unit[:, None], bound * unit, unit, torch.tensor([owner for owner, *_ in constraints]))
+    return Query(*ends, rows * unit[:, None], bound * unit, torch.tensor([owner for owner, *_ in constraints]))
 
 
 def search(
@@ -168,9 +169,7 @@ def test_bounds_of_every_part_hold_and_clipping_keeps_every_unsafe_point(seed: i
     stack = inputs.layers(graph, torch.float64)
     assert stack is not None
     one = inputs._Search(graph, stack, asked, lambda *_: False, 400, 0, 32)
-    rows = asked.rows.numpy() / asked.unit.numpy()[:, None]
-    bounds = asked.bound.numpy() / asked.unit.numpy()
-    all_rows = values @ rows.T - bounds
+    all_rows = values @ asked.rows.numpy().T - asked.bound.numpy()
     unsafe = np.stack([(all_rows[:, :2] <= 0).all(1), all_rows[:, 2] <= 0], 1)
     with torch.no_grad():
         while one.open and one.answer.parts < 400:
@@ -264,6 +263,51 @@ def test_layers_compose_what_lies_between_two_relus_and_refuse_what_is_too_large
     assert inputs.layers(graph, torch.float64) is None
 
 
+def test_of_more_than_two_maps_in_a_row_rounding_is_not_known_and_none_are_merged() -> None:
+    weights = drawn([2, 3, 3, 3, 1], 2)
+    for dense in (2, 3):
+        operations: list[Operation] = [
+            Dense(f"d{i}", "x" if not i else f"v{i - 1}", f"v{i}", (len(weights[i][1]),), *weights[i])
+            for i in range(dense)
+        ]
+        graph = Graph(tuple(operations), "x", operations[-1].target, (2,), operations[-1].shape)
+        stack = inputs.layers(graph, torch.float64)
+        assert (stack is None) == (dense > inputs.MERGED)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e6])
+def test_what_rounding_could_have_made_is_never_refuted(scale: float) -> None:
+    """Points, whose outputs are known exactly: unsafe up to the float64 above the exact value, so nothing may be
+    proven, however the sums were rounded. Biases cancel what the weights make, so that the roundings show.
+    """
+    for seed in range(40):
+        draw = np.random.default_rng(seed)
+        size = int(draw.integers(1, 5))
+        point = draw.uniform(-1, 1, size) * 100
+        first = draw.normal(size=(9, size)) * scale
+        weights = [(first, -(first @ point) + draw.normal(size=9) * 1e-9 * scale)]
+        second = draw.normal(size=(7, 9))
+        hidden = np.maximum(first @ point + weights[0][1], 0)
+        weights.append((second, -(second @ hidden) + draw.normal(size=7) * 1e-12))
+        weights.append((draw.normal(size=(1, 7)), draw.normal(size=1)))
+        values = [Fraction(float(x)) for x in point]
+        for number, (weight, bias) in enumerate(weights):
+            sums = [
+                sum((Fraction(float(w)) * x for w, x in zip(row, values, strict=True)), Fraction(float(b)))
+                for row, b in zip(weight, bias, strict=True)
+            ]
+            values = sums if number == 2 else [max(value, Fraction(0)) for value in sums]
+        above = float(values[0])
+        if Fraction(above) < values[0]:
+            above = math.nextafter(above, math.inf)
+        graph = network(weights)
+        stack = inputs.layers(graph, torch.float64)
+        assert stack is not None
+        asked = query(point.tolist(), point.tolist(), [([1.0], above)])
+        answer = inputs.search(graph, stack, asked, lambda *_: False, 5, 0)
+        assert not float(answer.margins) > 0
+
+
 def test_points_linear_networks_and_dead_ones_are_boxes_too() -> None:
     weights = drawn([2, 6, 2], 3)
     at = outputs(weights, np.array([[0.25, -0.5]]))[0]
@@ -286,3 +330,7 @@ def test_where_bounds_overflow_nothing_is_refuted() -> None:
     answer, _ = search(huge, query([0], [1], [([1.0], -1.0)]), budget=50)
     assert answer.open == 1
     assert float(answer.margins) == -math.inf
+    # Finite as boxes, infinite as coefficients: no point that is no number may be handed on.
+    steep = [(np.array([[1e200, 0.0]]), np.zeros(1)), (np.array([[1e200]]), np.zeros(1))]
+    answer, _ = search(steep, query([1e-120, -1], [2e-120, 1], [([1.0], 1e290)]), budget=50)
+    assert not answer.found or float(answer.margins) <= 0

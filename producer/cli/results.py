@@ -67,6 +67,12 @@ def results(
     out: Annotated[
         Path | None, typer.Option(help="Write all rows to this file: .parquet, .csv, .json or .jsonl.")
     ] = None,
+    vnncomp: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write verdicts and counterexamples as VNN-COMP keeps them, to this folder."
+        ),
+    ] = None,
 ) -> None:
     """The records of a batch, or of methods across batches: params and results as columns.
 
@@ -74,8 +80,12 @@ def results(
     """
     if out is not None and out.suffix.lower() not in FORMATS:
         raise UserError(f"{out} has no ending that says what to write; end it in one of {', '.join(FORMATS)}")
-    if sum((as_json, csv, out is not None)) > 1:
-        raise UserError("give one of --json, --csv and --out")
+    if sum((as_json, csv, out is not None, vnncomp is not None)) > 1:
+        raise UserError("give one of --json, --csv, --out and --vnncomp")
+    if vnncomp is not None and (by or columns):
+        raise UserError("--vnncomp has its own columns; leave out --by and --columns")
+    if vnncomp is not None:
+        end_in_order()
     if out is not None:
         from netassay.store import transfer
 
@@ -84,7 +94,9 @@ def results(
     database = open_store()
     query = _query(database, what, network, since, state, cause)
     wanted = _split(columns)
-    if by:
+    if vnncomp is not None:
+        _write_vnncomp(database, query, vnncomp, what)
+    elif by:
         _summarise(database, query, _split(by), wanted, as_json, csv, out)
     elif out is not None:
         _write(database, query, wanted, out)
@@ -206,6 +218,19 @@ def _write(database: Database, query: Query, wanted: list[str], out: Path) -> No
             with transfer.beside(out) as temporary, open(temporary, "w", encoding="utf-8") as stream:
                 rows = _write_json(_flat(database, query, wanted, progress), suffix, stream)
     print(f"{rows:,} records: {out}")
+
+
+def _write_vnncomp(database: Database, query: Query, folder: Path, what: str) -> None:
+    from netassay.store import artifacts
+    from producer import vnncomp
+
+    with _reading(database, query) as progress, artifacts.using(artifacts.of(read_settings())):
+        counts = vnncomp.write(database, query, folder, query.batch or what or "all", progress)
+    left = counts.pop("open", 0)
+    said = ", ".join(f"{count:,} {result}" for result, count in counts.most_common())
+    print(f"{counts.total():,} instances: {folder / 'results.csv'}; {said or 'none has ended'}")
+    if left:
+        print(f"{left:,} without an end are not in it; write it again when they have one")
 
 
 def _show(database: Database, query: Query, what: str, wanted: list[str], limit: int) -> None:

@@ -130,6 +130,36 @@ def test_the_absolute_value_is_decided_by_hand(
     assert verdict(absolute, [[box]], unsafe) == expected
 
 
+def test_coefficients_so_small_that_they_underflow_prove_nothing() -> None:
+    network = dense(([[1.2e-24, 1.2e-24]], [1.5e-24]))
+    at = -100.1
+    weight, bias = (Fraction(float(np.float32(number))) for number in (1.2e-24, 1.5e-24))
+    assert 2 * weight * Fraction(str(at)) + bias < 0, "unsafe in exact arithmetic"
+    for coefficient in ("1", "2e-300"):
+        assert verdict(network, [[(at, at)] * 2], f"(<= (* {coefficient} Y_0) 0)") != "unsat"
+
+
+def test_what_is_split_knows_its_conjunctions_its_boxes_and_its_budget(absolute: str) -> None:
+    alone = {"samples": 0, "steps": 0, "restarts": 1}
+    # Of two conjunctions only the second can be met, and only where no corner and no middle of the box is.
+    either = "(or (and (>= Y_0 0.9) (<= Y_0 0.1)) (and (>= Y_0 0.3) (<= Y_0 0.31)))"
+    met = verify.run(ask(absolute, [[(-1, 1)]], either, **alone))
+    assert (met.verdict, met.by) == ("sat", "splitting")
+    assert 0.3 <= abs(float(met.counterexample[0])) <= 0.31
+    assert met.refuted < met.pairs == 2
+    both = "(and (>= Y_0 0.9) (<= Y_0 0.1))"
+    boxes = [[(-1, 1)], [(-2, 1)], [(-1, 2)]]
+    whole = verify.run(ask(absolute, boxes, both, **alone))
+    assert (whole.verdict, whole.by, whole.left) == ("unsat", "splitting", 0)
+    assert whole.depth > 0
+    assert whole.trace[-1, 1] > 0
+    short = verify.run(ask(absolute, boxes, both, budget=2, **alone))
+    assert (short.verdict, short.nodes) == ("unknown", 2)
+    assert short.left > 0
+    assert short.margin <= 0
+    assert short.trace is not None
+
+
 def test_a_union_of_boxes_is_safe_only_where_every_box_is(absolute: str) -> None:
     safe, also, not_safe = [(0.5, 1)], [(-1, -0.5)], [(-0.25, 0.25)]
     result = verify.run(ask(absolute, [safe, also], "(<= Y_0 0.375)"))
@@ -192,7 +222,7 @@ def test_a_verdict_may_hold_in_float32_only() -> None:
 
 def test_what_float32_may_round_away_is_proven_by_no_bound() -> None:
     """Both networks are 1 in real arithmetic; float32 sums lose the 1 beside 2^25, or do not, as their order is."""
-    whole = {"nodes": 0}  # what is split is proven for real arithmetic only, and says so
+    whole = {"budget": 0}  # what is split is proven for real arithmetic only, and says so
     once = dense(([[1, 2**25, -(2**25)]], [0]))
     assert verdict(once, [[(1, 1)] * 3], "(<= Y_0 0.5)", **whole) != "unsat"
     assert verify.run(ask(once, [[(1, 1)] * 3], "(<= Y_0 0.5)")).arithmetic in ("real", "float32")
@@ -232,9 +262,9 @@ def test_where_a_float32_evaluation_may_overflow_nothing_is_proven() -> None:
     # 3e38 x - 3e38 x + 1 is 1 in exact arithmetic, and NaN or infinite in float32 for x = 4.
     network = dense(([[3e38], [3e38]], [0, 0]), ([[1e-38, -1e-38]], [1]))
     for box, expected in ((0.25, "unsat"), (4, "unknown")):
-        result = verify.run(ask(network, [[(0, box)]], "(<= Y_0 -100)", nodes=0))
+        result = verify.run(ask(network, [[(0, box)]], "(<= Y_0 -100)", budget=0))
         assert result.verdict == expected
-    assert verdict(network, [[(-(10**39), 10**39)]], "(<= Y_0 -100)", nodes=0) == "unknown"
+    assert verdict(network, [[(-(10**39), 10**39)]], "(<= Y_0 -100)", budget=0) == "unknown"
     split = verify.run(ask(network, [[(0, 4)]], "(<= Y_0 -100)"))
     assert (split.verdict, split.arithmetic) == ("unsat", "real")
 
@@ -390,7 +420,7 @@ def test_tighter_bounds_refute_more_and_never_say_otherwise(asked: list) -> None
     for params in itertools.chain(*asked):
         results = {}
         for bounds in ("ibp", "crown_ibp", "crown"):
-            chosen = params.model_copy(update={"bounds": bounds, "samples": 0, "steps": 0, "nodes": 0})
+            chosen = params.model_copy(update={"bounds": bounds, "samples": 0, "steps": 0, "budget": 0})
             results[bounds] = verify.run(chosen)
             refuted[bounds] += results[bounds].refuted
             assert results[bounds].by in (
@@ -417,7 +447,7 @@ def test_corners_are_among_the_samples() -> None:
     result = verify.run(question)
     assert (result.verdict, result.by) == ("sat", "attack")
     assert float(result.counterexample @ weight[0]) >= 5.85
-    assert verify.run(question.model_copy(update={"samples": 0, "nodes": 0})).verdict == "unknown"
+    assert verify.run(question.model_copy(update={"samples": 0, "budget": 0})).verdict == "unknown"
 
 
 # --- what does not apply ----------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ shape in the file. Stages, each for the (box, conjunction) pairs that the ones b
 3. crown: backward linear bounds (Zhang et al. 2018), every layer bounded backward; `crown_ibp`: between boxes;
 4. attack again, from the corners where the linear bounds of stage 3 are least;
 5. splitting: branch and bound over the inputs (`netassay.numerics.branch_and_bound.inputs`), where these are at most
-   `INPUTS`: parts of the box are bounded and halved until all are refuted, one holds a counterexample, or `nodes` of
+   `INPUTS`: parts of the box are bounded and halved until all are refuted, one holds a counterexample, or `budget` of
    them were bounded. Boxes of more inputs are not split.
 
 The margin of a pair is max over k of (a lower bound of min c_k.f) - b_k, in units of the property: above 0 it is
-refuted. Of a box that was split it is the least over its parts, a bound as long as it is at most 0; above 0 it only
-says that all are refuted, for what clipping cuts off is no nearer known.
+refuted. (Of a conjunction that was split, in units of its first constraint.) Of a box that was split it is the least
+over its parts, a bound as long as it is at most 0; above 0 it only says that all are refuted, for what clipping cuts
+off is no nearer known.
 
 What "unsat" means in floating point: the bounds are computed in float64 with an a-priori bound on their own rounding
 taken off, on the box rounded outward: they hold in real arithmetic. Those of stages 1 and 3 hold, as for
@@ -35,7 +36,8 @@ float32 point (an input fixed to 0.1) cannot end as sat. Verdicts do not depend 
 margins agree to 1e-9 relative to the largest intermediate value of the network over the box.
 
 Cost: for each box ibp one product with |W| a layer, and crown O(sum over layers of n^3) for width n; for each pair the
-attack, samples + 2 steps restarts evaluations. A part of a split box costs some 35 us for a network of 5-50x6-5.
+attack, samples + 2 steps restarts evaluations. A part of a split box costs some 35 us for a network of 5-50x6-5, so
+that the usual budget is used up within the minute that a job has where nobody says otherwise.
 
 Reference: Bak, Liu, Johnson. The second international verification of neural networks competition (VNN-COMP 2021):
 summary and results. 2021.
@@ -51,6 +53,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,15 +93,15 @@ class Params(Contract):
     network: AnyNetworkRef
     property: PropertyRef
     bounds: Literal["crown", "crown_ibp", "ibp"] = "crown"
-    """the tightest bounds that are tried"""
+    """the tightest bounds that are tried on a whole box; parts of it are bounded by crown"""
     samples: Annotated[Index, Field(le=1_000_000)] = 1000
     """points of each box evaluated before the descent"""
     restarts: Annotated[Count, Field(le=1_000)] = 8
     """of them, how many the descent starts at"""
     steps: Annotated[Index, Field(le=10_000)] = 30
     """gradient steps of each start"""
-    nodes: Annotated[Index, Field(le=1_000_000_000)] = 2_000_000
-    """parts of its boxes that are bounded in branch and bound; 0: boxes are not split"""
+    budget: Annotated[Index, Field(le=1_000_000_000)] = 1_000_000
+    """parts of its boxes that may be bounded in branch and bound; 0: boxes are not split"""
     seed: Seed = 0
 
 
@@ -120,7 +123,7 @@ class Result(Contract):
     nodes: int
     """parts of boxes that were bounded in branch and bound"""
     left: int
-    """parts that were neither refuted nor split further when `nodes` were used up"""
+    """parts that were open when the search ended"""
     depth: int
     """halvings above the smallest part"""
     trace: Array | None
@@ -178,6 +181,8 @@ _BOXES = 256
 _ROWS = 512
 #: Boxes x constraints x width of the network in one call: 128 MiB in float64.
 _COEFFICIENTS = 2**24
+#: The smallest number above 0: a margin that is positive is told as no less.
+_LEAST = 5e-324
 #: Corners of the linear bounds that an attack on one conjunction starts at.
 _CORNERS = 8
 
@@ -438,10 +443,15 @@ def _runs(graph: Graph, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _note(piece: _Piece, least: Tensor) -> None:
-    # The scale is a power of two, so a sign survives it, but for underflow far below all that is asked about.
-    for place, value in zip(piece.owners, (least[: len(piece.unit)] / piece.unit).tolist(), strict=True):
+    for place, value, unit in zip(piece.owners, least.tolist(), piece.unit.tolist(), strict=False):
         pair = piece.pairs[place]
-        pair.margin = max(pair.margin, value)
+        pair.margin = max(pair.margin, _in_units(value, unit))
+
+
+def _in_units(scaled: float, unit: float) -> float:
+    """A margin in units of the property, with the sign that it has where nothing underflows."""
+    margin = scaled / unit
+    return min(max(margin, _LEAST), sys.float_info.max) if scaled > 0 else margin
 
 
 def _bound_ibp(graph: Graph, pieces: Sequence[_Piece], method: str) -> _Found:
@@ -505,7 +515,7 @@ def _searched(graph: Graph, items: Sequence[_Item]) -> None:
     """Split the boxes of the open pairs, one job after the other: what is known of one has nothing to do with the
     others.
     """
-    open_ = [item for item in items if item.verdict == "unknown" and item.params.nodes]
+    open_ = [item for item in items if item.verdict == "unknown" and item.params.budget]
     if not open_ or math.prod(graph.input_shape) > INPUTS:
         return
     stack = inputs.layers(graph, torch.float64)
@@ -513,9 +523,9 @@ def _searched(graph: Graph, items: Sequence[_Item]) -> None:
         return
     for item in open_:
         for piece in _pieces([item]):
-            _search(graph, stack, item, piece)
-            if item.verdict != "unknown":
+            if item.verdict != "unknown" or item.nodes >= item.params.budget:
                 break
+            _search(graph, stack, item, piece)
         if item.verdict == "unknown" and all(pair.margin > 0 for pair in item.pairs):
             item.verdict, item.by, item.arithmetic = "unsat", "splitting", "real"
 
@@ -532,16 +542,17 @@ def _search(graph: Graph, stack: Sequence[inputs.Layer], item: _Item, piece: _Pi
     rows = torch.zeros(len(piece.rows), outputs, dtype=torch.float64)
     rows[:, : piece.rows.shape[1]] = piece.rows
     query = inputs.Query(
-        piece.lower[0].flatten(), piece.upper[0].flatten(), rows, piece.bound, piece.unit, torch.tensor(piece.owners)
+        piece.lower[0].flatten(), piece.upper[0].flatten(), rows, piece.bound, torch.tensor(piece.owners)
     )
-    budget = item.params.nodes - item.nodes
-    answer = inputs.search(graph, stack, query, judge, budget, _seed(piece.pairs[0]))
-    item.nodes, item.left, item.trace = item.nodes + answer.parts, item.left + answer.open, answer.trace
+    answer = inputs.search(graph, stack, query, judge, item.params.budget - item.nodes, _seed(piece.pairs[0]))
+    units = torch.stack([piece.unit[piece.owners.index(number)] for number in range(len(piece.pairs))])
+    item.nodes, item.left = item.nodes + answer.parts, item.left + answer.open
+    item.trace = [(parts, bound / float(units[0])) for parts, bound in answer.trace]
     item.depth = max(item.depth, answer.deepest)
     if answer.found:
         item.by = "splitting"
-    for pair, margin in zip(piece.pairs, answer.margins.tolist(), strict=True):
-        pair.margin = max(pair.margin, margin)
+    for pair, margin, unit in zip(piece.pairs, answer.margins.tolist(), units.tolist(), strict=True):
+        pair.margin = max(pair.margin, _in_units(margin, unit))
 
 
 # --- attack -----------------------------------------------------------------------------------------------------------

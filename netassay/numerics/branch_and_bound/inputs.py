@@ -19,7 +19,7 @@ is so on every part of it. What is not refuted is
    which does not vanish where coefficients of the input cancel, as |A at the input| alone does. While there are few
    parts, two or three inputs are split at once.
 
-Parts are taken last in, first out, so that the open ones stay few. A search that is not over after `CLIMB_AFTER` parts
+Parts are taken last in, first out, so that the open ones stay few. A search that goes on after `CLIMB_AFTER` parts
 draws points of the box and lets each wander by shrinking random steps that it takes where they bring it nearer to being
 unsafe (`climb`): on nearly constant outputs, where gradients vanish or mislead, that finds points which neither descent
 nor the parts' corners meet. Of ACAS Xu's 1_9 with property 7, 20,000 starts of sign-gradient descent end at one plateau
@@ -65,6 +65,10 @@ BATCH = 512
 FEW = 64
 #: Elements of the matrices of all layers together: 256 MiB in float64.
 LARGEST = 2**25
+#: Operations with weights between two ReLUs.
+MERGED = 2
+#: Numbers in one tensor of a batch: 64 MiB. Wide networks and many constraints make batches smaller.
+NUMBERS = 2**23
 #: Parts after which points start to wander: most searches are over by then, and a climb takes as long as some 5,000.
 CLIMB_AFTER = 2048
 #: Of so many points of the box, as many as wander; their steps; the standard deviation of the first steps, in widths of
@@ -82,24 +86,26 @@ class Layer:
 
 
 def layers(graph: Graph, dtype: torch.dtype) -> list[Layer] | None:
-    """The network as dense layers with a ReLU between each two; None where their matrices would not fit.
+    """The network as dense layers with a ReLU between each two; None where they cannot be had.
 
-    To multiply matrices beforehand is one more order of evaluating the same products: `rounding.backward` allows for
-    any of them.
+    To multiply the matrices of two operations beforehand is one more order of evaluating the same products. What that
+    can lose is within what `rounding.backward` allows for, as their input's share (2 g H, doubled) goes through both;
+    of more than two it might not be, and there is no answer either.
     """
     found, of_graph = [], weights(graph, dtype)
     size = math.prod(graph.input_shape)
     matrix, bias = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype)
-    elements, shape = 0, graph.input_shape
+    elements, merged, shape = 0, 0, graph.input_shape
     for operation in chain(graph):
         size = math.prod(operation.shape)
         if isinstance(operation, Relu):
             found.append(Layer(matrix, bias))
-            matrix, bias = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype)
+            matrix, bias, merged = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype), 0
         else:
-            if (elements := elements + size * matrix.shape[1]) > LARGEST:
-                return None
             apply, w = MAPS[type(operation)].apply, of_graph[operation.target]
+            merged += w.weight is not None
+            if (elements := elements + size * matrix.shape[1]) > LARGEST or merged > MERGED:
+                return None
             columns = apply(operation, w.weight, None, matrix.T.reshape(-1, *shape))
             matrix = columns.flatten(1).T.contiguous()
             bias = apply(operation, w.weight, w.bias, bias.reshape(1, *shape)).flatten()
@@ -111,16 +117,15 @@ def layers(graph: Graph, dtype: torch.dtype) -> list[Layer] | None:
 class Query:
     """A box and the conjunctions that are asked about it.
 
-    lower, upper: (inputs,), float64. rows: (rows, outputs), c of each constraint times its unit, a power of two that
-    brings the largest entry into [1, 2); bound: (rows,), b likewise; unit: (rows,). owners: (rows,), int64, the
-    conjunction of each, counted from 0.
+    lower, upper: (inputs,), float64. rows: (rows, outputs), c of each constraint, times a power of two that brings the
+    largest entry into [1, 2), as the error bounds of `rounding` ask for: of smaller ones the pad might underflow.
+    bound: (rows,), b likewise. owners: (rows,), int64, the conjunction of each, counted from 0.
     """
 
     lower: Tensor
     upper: Tensor
     rows: Tensor
     bound: Tensor
-    unit: Tensor
     owners: Tensor
 
 
@@ -128,11 +133,11 @@ class Query:
 class Answer:
     """What the search came to.
 
-    margins: (conjunctions,), the least over all parts of max over k of (lower bound of c_k.f) - b_k; above 0 where it
-    is refuted in every part. Up to 0 that is a bound for the whole box; above 0 it is none, for of what clipping cut
-    off no more is known than that it is above 0. parts: how many were bounded. open: how many were left when the budget
-    ended. deepest: the largest number of splits above a part. found: whether `judge` accepted a point. trace: (parts,
-    the least margin then), at doubling numbers of parts.
+    margins: (conjunctions,), the least over all parts of max over k of (lower bound of c_k.f) - b_k, as the query has
+    these; above 0 where it is refuted in every part. Up to 0 that is a bound for the whole box; above 0 it is none, for
+    of what clipping cut off no more is known than that it is above 0. parts: how many were bounded. open: how many were
+    left when the budget ended. deepest: the largest number of splits above a part. found: whether `judge` accepted a
+    point. trace: (parts, the least margin then), at doubling numbers of parts.
     """
 
     margins: Tensor
@@ -212,11 +217,12 @@ class Bounder:
         lost = rounding.backward(graph, boxes)
         before = [operation.source for operation in chain(graph) if isinstance(operation, Relu)]
         self.lost = [lost[value].flatten() for value in before]
-        pad = query.rows.abs() @ lost[graph.output].flatten()
-        #: Of each row, in units of the property: what it makes of the last hidden layer, and what rounding may add.
-        self.last = (query.rows @ stack[-1].weight) / query.unit[:, None]
-        self.constant = (query.rows @ stack[-1].bias - query.bound) / query.unit
-        self.pad = pad / query.unit
+        # Of the whole box, so of every part: no bound may lie beyond, for `rounding` takes intercepts to be within.
+        self.whole = [(boxes[value].lower.flatten(), boxes[value].upper.flatten()) for value in before]
+        #: Of each row: what it makes of the last hidden layer, and what rounding may add.
+        self.last = query.rows @ stack[-1].weight
+        self.constant = query.rows @ stack[-1].bias - query.bound
+        self.pad = query.rows.abs() @ lost[graph.output].flatten()
         self.scale = boxes[graph.input].magnitude().flatten()
 
     def __call__(self, parts: _Parts) -> tuple[_Linear, tuple[Tensor, ...]]:
@@ -265,7 +271,9 @@ class Bounder:
         below, above = d + (a * centre[which]).sum(2) - (a.abs() * radius[which]).sum(2)
         low, high = (torch.zeros(state.shape, dtype=centre.dtype) for _ in range(2))
         lost = self.lost[layer][neuron]
-        low[which, neuron], high[which, neuron] = below - lost, lost - above
+        ends = self.whole[layer]
+        low[which, neuron] = torch.maximum(below - lost, ends[0][neuron])
+        high[which, neuron] = torch.minimum(lost - above, ends[1][neuron])
         return low, high
 
     def _through(self, j: int, a: Tensor, d: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -324,11 +332,11 @@ class _Search:
         self, graph: Graph, stack: Sequence[Layer], query: Query, judge: Callable[[Tensor, int], bool], budget: int,
         seed: int, batch: int,
     ) -> None:  # fmt: skip
-        self.stack, self.query, self.judge, self.budget, self.batch = stack, query, judge, budget, batch
-        self.seed = seed
+        self.stack, self.query, self.judge, self.budget, self.seed = stack, query, judge, budget, seed
         self.bounder = Bounder(graph, stack, query)
-        count = int(query.owners.max()) + 1
-        self.of = query.owners[None, :] == torch.arange(count)[:, None]  # (conjunctions, rows)
+        self.count = count = int(query.owners.max()) + 1
+        widest = max(len(query.lower), *(len(layer.bias) for layer in stack))
+        self.batch = max(1, min(batch, NUMBERS // (widest * (2 * widest + len(query.owners)))))
         self.answer = Answer(torch.full((count,), torch.inf, dtype=torch.float64))
         whole = _Parts(
             query.lower[None], query.upper[None],
@@ -388,7 +396,12 @@ class _Search:
 
     def _of_conjunctions(self, rows: Tensor) -> Tensor:
         """The largest over the rows of each conjunction: (parts, conjunctions)."""
-        return torch.where(self.of, rows[:, None], -torch.inf).amax(2)
+        found = torch.full((len(rows), self.count), -torch.inf, dtype=rows.dtype)
+        return found.scatter_reduce_(1, self.query.owners.expand_as(rows), rows, "amax")
+
+    def _rows_of(self, conjunctions: Tensor) -> Tensor:
+        """Of each row what holds of its conjunction. (parts, conjunctions) -> (parts, rows)."""
+        return conjunctions[:, self.query.owners]
 
     def _close(self, margins: Tensor) -> None:
         """Note the margins of parts that are looked at no more; infinite: nothing is asked there."""
@@ -406,7 +419,7 @@ class _Search:
         """Whether one of the most promising points is accepted. violations: (points, conjunctions)."""
         for place in violations.flatten().argsort()[:_CANDIDATES].tolist():
             point, conjunction = divmod(place, violations.shape[1])
-            if violations[point, conjunction] > 0:
+            if not violations[point, conjunction] <= 0:
                 return False
             if self.judge(points[point], conjunction):
                 return True
@@ -415,7 +428,7 @@ class _Search:
     def _tried(self, parts: _Parts, linear: _Linear) -> bool:
         """Whether a point of the open parts is accepted: their centres, and the corners where a row is least."""
         open_ = parts.margins <= 0
-        rows = (open_[:, :, None] & self.of).any(1)
+        rows = self._rows_of(open_)
         # One corner a part: that of the open row with the largest lower bound, the hardest one to meet.
         hardest = torch.where(rows, linear.least, -torch.inf).argmax(1)
         a = linear.a[torch.arange(len(parts)), hardest]
@@ -439,12 +452,10 @@ class _Search:
             candidate = torch.minimum(torch.maximum(x + moved, lower), self.query.upper)
             w = self._violations(candidate).gather(1, conjunction)
             x, v = torch.where(w < v, candidate, x), torch.minimum(v, w)
-            if bool((v <= 0).any()):
-                only = torch.full((len(x), violations.shape[1]), torch.inf, dtype=v.dtype).scatter_(1, conjunction, v)
-                if self._judged(x, only):
+            for place in (v[:, 0] <= 0).nonzero()[:_CANDIDATES, 0].tolist():
+                if self.judge(x[place], int(conjunction[place])):
                     return True
-                # Met in float64 alone: from here it would not move again.
-                v = torch.where(v <= 0, torch.inf, v)
+                v[place] = torch.inf  # met in float64 alone: from there it would not move again
         return False
 
     def _clipped(self, parts: _Parts, linear: _Linear) -> tuple[_Parts, _Linear]:
@@ -453,13 +464,17 @@ class _Search:
         On {x in part: a x + d <= 0} an input is within -least / |a_j| of the end at which a x is least.
         """
         reach = -linear.least[:, :, None] / linear.a.abs() * (1 + _OUTWARD[0])
-        reach = torch.where(linear.a == 0, torch.inf, reach) + _OUTWARD[1] * self.bounder.scale
+        # Where a or the minimum says nothing (0, infinite), nothing is cut.
+        reach = (
+            torch.where(torch.isfinite(reach) & (linear.a != 0), reach, torch.inf) + _OUTWARD[1] * self.bounder.scale
+        )
         low, high = parts.lower[:, None], parts.upper[:, None]
         upper = torch.where(linear.a > 0, torch.minimum(low + reach, high), high)
         lower = torch.where(linear.a < 0, torch.maximum(high - reach, low), low)
         # All rows of a conjunction at once; then the box around what its open conjunctions leave.
-        lowers = torch.where(self.of[:, :, None], lower[:, None], -torch.inf).amax(2)
-        uppers = torch.where(self.of[:, :, None], upper[:, None], torch.inf).amin(2)
+        owners = self.query.owners[None, :, None].expand_as(lower)
+        lowers = low.expand(-1, self.count, -1).scatter_reduce(1, owners, lower, "amax")
+        uppers = high.expand(-1, self.count, -1).scatter_reduce(1, owners, upper, "amin")
         empty = (lowers > uppers).any(2)
         open_ = (parts.margins <= 0) & ~empty
         # What is refuted here is not asked again in the parts of this part; where rows leave nothing together, no bound
@@ -475,7 +490,7 @@ class _Search:
 
     def _split(self, parts: _Parts, linear: _Linear) -> None:
         """Halves of the parts, those with the least margins on top of the stack."""
-        rows = ((parts.margins <= 0)[:, :, None] & self.of).any(1)
+        rows = self._rows_of(parts.margins <= 0)
         score = (linear.weight * rows[:, :, None]).sum(1) * (parts.upper - parts.lower)
         middle = parts.lower / 2 + parts.upper / 2
         divisible = (parts.lower < middle) & (middle < parts.upper)
