@@ -141,7 +141,7 @@ def test_a_word_is_a_batch_or_else_a_method(cli: Cli, filled: Database, folder: 
         (["echo", "--out", "folder.csv"], ["folder.csv is a folder"]),
         (["echo", "--out", "pipe.csv"], ["pipe.csv is a device or a pipe"]),
         (["echo", "--out", "x.xlsx"], [".parquet"]),
-        (["echo", "--csv", "--json"], ["one of --json, --csv and --out"]),
+        (["echo", "--csv", "--json"], ["one of --json, --csv, --out and --vnncomp"]),
     ):
         told = cli("results", *words, code=2).stderr
         assert not [word for word in said if word not in told], (words, told)

@@ -509,7 +509,8 @@ def test_a_submission_is_synced_to_disk_before_it_returns(database: Database, mo
     event.listen(database.engine, "commit", watch)
     submit(database, "a", jobs(range(3)))
 
-    assert {level for state, level in levels if state != "open"} == {quick}
+    # On PostgreSQL all steps before it, too: the submission goes on from them through a crash of the server.
+    assert {level for state, level in levels if state != "open"} == {quick if database.sqlite else synced}
     assert levels[-1] == ("open", synced)
     with database.write():
         pass

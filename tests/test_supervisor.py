@@ -11,6 +11,7 @@ import select
 import selectors
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from labs import alive, until
 from sqlalchemy import text
@@ -866,3 +868,16 @@ def test_results_that_lay_in_the_pipe_while_the_worker_was_stopped_are_in_time(t
             child.line(time.monotonic() - 1.0, None, lambda: False)
     finally:
         child.kill()
+
+
+def test_a_process_that_nobody_has_asked_about_yet_is_gone_all_the_same() -> None:
+    """The first process of a container often does not ask, and a predecessor would seem to live for ever."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert not supervisor._is_gone(child.pid)
+        child.kill()
+        until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, what="its end")
+        assert supervisor._is_gone(child.pid)
+    finally:
+        child.wait()
+    assert supervisor._is_gone(child.pid)

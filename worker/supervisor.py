@@ -571,6 +571,14 @@ def _killed(death: ChildDied) -> bool:
     return death.code is not None and death.code < 0 and -death.code not in _OWN_FAULTS
 
 
+def _is_gone(pid: int) -> bool:
+    """Whether there is no such process, or one that has ended and that its parent has not asked about yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _sleep(seconds: float, enough: Callable[[], bool]) -> None:
     end = time.monotonic() + seconds
     while not enough() and (left := end - time.monotonic()) > 0:
@@ -642,7 +650,7 @@ class Supervisor:
     def start(self, predecessor: int = 0) -> None:
         """Sign on and begin to renew. predecessor: process of a worker of this host that has died."""
         self.database.prepare()
-        if predecessor and not psutil.pid_exists(predecessor) and faults.guarded("reconciler"):
+        if predecessor and _is_gone(predecessor) and faults.guarded("reconciler"):
             # Whoever started us saw it end; a dispatcher would have to wait until that is certain.
             with contextlib.suppress(*Outage):
                 for worker, chunks in dispatching.bury(self.database, socket.gethostname(), predecessor).items():
