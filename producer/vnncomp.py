@@ -77,8 +77,8 @@ def _counted(database: Database, query: Query) -> Counter[str]:
         asked.add(names)
     if not counts:
         raise UserError(
-            "none of these jobs asks a property of a network, so there is nothing to write; name a batch of "
-            "verification.verify"
+            "none of these jobs asks a property of a network, so there is nothing to write; name a batch of jobs that "
+            "have both, as an instances.csv makes them"
         )
     return counts
 

@@ -54,7 +54,7 @@ def text(figures: Figures) -> str:
 _HEAD = """# Benchmarks
 
 netassay beside plain Celery, RQ and a bare `multiprocessing.Pool`: what the lab's records, limits and recovery cost,
-and what submission in bulk buys. This page is written by `make bench` (some 25 minutes):
+and what submission in bulk buys. This page is written by `make bench` (some 30 minutes):
 
 ```sh
 python benchmarks/peers --json figures.json --page docs/benchmarks.md
