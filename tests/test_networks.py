@@ -478,8 +478,8 @@ def test_a_runtime_errs_by_no_more_than_the_operations_of_the_graph_round(name: 
             first, second = evaluate.constants(op, torch.float64, torch.device("cpu"))
             terms = 1 if isinstance(op, Scale) else math.prod(op.weight.shape[1:])
             bound = {op: (first.abs(), second.abs())}
-            moved = evaluate.apply(op, error, {op: (first.abs(), torch.zeros_like(second))})
-            error = moved + (terms + 2) * 2.0**-24 * 1.001 * evaluate.apply(op, exact.abs() + error, bound)
+            moved = evaluate.apply(op, error, replaced={op: (first.abs(), torch.zeros_like(second))})
+            error = moved + (terms + 2) * 2.0**-24 * 1.001 * evaluate.apply(op, exact.abs() + error, replaced=bound)
         exact = evaluate.apply(op, exact)
     found = torch.tensor(session.run(None, {"x": x})[0]).double()
     assert ((found - exact).abs() <= error).all()
