@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from netassay.heavy import torch
@@ -49,8 +50,8 @@ LARGEST = 1.7976931e308
 UNIT = 2.0**-53
 #: Steps of the search for the slope of an envelope; it converges like Newton's method.
 STEPS = 16
-#: Steps of the search for a touching point without a closed form; every third one is a bisection.
-TOUCHES = 48
+#: Steps of the search for a touching point without a closed form, at most; every sixth one is a bisection.
+TOUCHES = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +121,11 @@ def slopes_range(
     """
     c = curve(function, tuple(parameters))
     low, high = _interval(lower, upper)
-    convex = [_to(_best(c, low, high, -1, where), lower) for where in (0.0, 1.0)]
-    concave = [_to(_best(c, low, high, 1, where), lower) for where in (1.0, 0.0)]
-    least, largest = (torch.minimum, torch.maximum)
-    return least(*convex), largest(*convex), least(*concave), largest(*concave)
+    # The slope at the middle too: one at an end may have overflowed.
+    convex, concave = (
+        torch.stack([_to(_best(c, low, high, side, where), lower) for where in (0.0, 0.5, 1.0)]) for side in (-1, 1)
+    )
+    return convex.amin(0), convex.amax(0), concave.amin(0), concave.amax(0)
 
 
 def tightness_loss(function: Name, parameters: tuple[float, ...], lower: Tensor, upper: Tensor) -> Tensor:
@@ -133,6 +135,126 @@ def tightness_loss(function: Name, parameters: tuple[float, ...], lower: Tensor,
     gap = (found.upper_slope - found.lower_slope) * middle + (found.upper_intercept - found.lower_intercept)
     loss = gap.clamp(min=0) * (upper - lower)
     return torch.where(torch.isnan(loss), torch.inf, loss)
+
+
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """lower_x x + lower_y y + lower_constant  <=  x y  <=  upper_x x + upper_y y + upper_constant."""
+
+    lower_x: Tensor
+    lower_y: Tensor
+    lower_constant: Tensor
+    upper_x: Tensor
+    upper_y: Tensor
+    upper_constant: Tensor
+
+
+def mccormick(
+    lx: Tensor, ux: Tensor, ly: Tensor, uy: Tensor, t: Tensor | float = 0.5, t_upper: Tensor | float | None = None
+) -> Planes:
+    """Planes below and above x y over [lx, ux] x [ly, uy], between McCormick's two on either side:
+
+        x y >= t (ly x + lx y - lx ly) + (1 - t) (uy x + ux y - ux uy),
+        x y <= s (uy x + lx y - lx uy) + (1 - s) (ly x + ux y - ux ly),     t, s in [0, 1], s is `t_upper` or else t.
+
+    A bilinear function has its extremes over a box at the corners, so the constants are taken from there, outward, for
+    the coefficients as rounded. They are differentiable by t and s, in the sense of `lines_with_slopes`. With t = 1/2
+    the planes meet x y at two opposite corners. An infinite or NaN bound gives coefficients 0 and infinite constants.
+    """
+    s = t if t_upper is None else t_upper
+    lx, ux, ly, uy = torch.broadcast_tensors(lx, ux, ly, uy)
+    dtype = torch.promote_types(torch.promote_types(lx.dtype, ux.dtype), torch.promote_types(ly.dtype, uy.dtype))
+    (x0, x1), (y0, y1) = _interval(lx, ux), _interval(ly, uy)
+    known = (x0.abs() < FAR) & (x1.abs() < FAR) & (y0.abs() < FAR) & (y1.abs() < FAR)
+    box = [torch.where(known, end, 0.0) for end in (x0, x1, y0, y1)]
+    fx, tx, fy, ty = (end.to(dtype) for end in box)
+    below = _plane(t * fy + (1 - t) * ty, t * fx + (1 - t) * tx, box, known, -1)
+    above = _plane(s * ty + (1 - s) * fy, s * fx + (1 - s) * tx, box, known, 1)
+    return Planes(*below, *above)
+
+
+def _plane(a: Tensor, b: Tensor, box: list[Tensor], known: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and the constant that keeps a x + b y + constant on its side of x y over the box."""
+    slope_x, slope_y = a.detach().double(), b.detach().double()
+    x0, x1, y0, y1 = box
+    top = torch.full_like(slope_x, -math.inf)
+    at_x, at_y = torch.zeros_like(top), torch.zeros_like(top)
+    for x, y in ((x0, y0), (x0, y1), (x1, y0), (x1, y1)):
+        height = side * (x * y - slope_x * x - slope_y * y)
+        error = 4 * UNIT * ((x * y).abs() + (slope_x * x).abs() + (slope_y * y).abs()) + 1e-300
+        # Of numbers with at most 24 digits that are multiples of the same power of 2, all of this is exact.
+        error = torch.where(_coarse(x) & _coarse(y) & _coarse(slope_x) & _coarse(slope_y), 0.0, error)
+        bound = _above(height, error)
+        better = bound > top
+        top = torch.where(better, bound, top)
+        at_x, at_y = torch.where(better, x, at_x), torch.where(better, y, at_y)
+    constant = _narrowed(side * torch.where(known, top, math.inf), a, side)
+    moved = (a - a.detach()) * at_x.to(a.dtype) + (b - b.detach()) * at_y.to(a.dtype)
+    return a, b, constant - moved if moved.requires_grad else constant
+
+
+def _coarse(x: Tensor) -> Tensor:
+    """Whether x is a multiple of 2^-20 below 2^4."""
+    return (x.abs() < 16) & (x * 2.0**20 == torch.round(x * 2.0**20))
+
+
+# --- where to split --------------------------------------------------------------------------------------------------
+
+#: The table of branching points covers intervals in [-RANGE, RANGE], from GRID + 1 points.
+RANGE, GRID = 5.0, 500
+
+
+def branching_point(function: Name, parameters: tuple[float, ...], lower: Tensor, upper: Tensor) -> Tensor:
+    """p in [l, u] where `tightness_loss` over [l, p] plus that over [p, u] is least (Shi et al. 2024, section 3.3).
+
+    From a table of all intervals with ends on a grid of step 0.02 in [-5, 5], made when a function is first asked for
+    (Shi et al.: 0.01); the nearest entry counts. Intervals that leave the table or are shorter than four steps are
+    split at a kink of f inside, else at their middle, as are those where f has no bound. Intervals of sin and cos that
+    leave it are shifted by whole periods first. For ReLU over l < 0 < u it is 0.
+    """
+    c = curve(function, tuple(parameters))
+    low, high = _interval(lower, upper)
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    low, high = torch.where(finite, low, 0.0), torch.where(finite, high, 0.0)
+    middle = low / 2 + high / 2
+    shift = torch.zeros_like(low)
+    if c.longest < math.inf:
+        outside = (low < -RANGE) | (high > RANGE)
+        shift = torch.where(outside, 2 * math.pi * torch.round(middle / (2 * math.pi)), shift)
+    p = middle
+    for kink in c.kinks:
+        p = torch.where((low < kink) & (high > kink), kink, p)
+    straight = all(piece.bend == 0 for piece in c.pieces(low)) and not c.constant
+    if not straight:
+        table, step = _branching_table(function, tuple(parameters)), 2 * RANGE / GRID
+        start, end = low - shift, high - shift
+        tabled = (start.abs() <= RANGE) & (end.abs() <= RANGE) & (high - low >= 4 * step)
+        row, column = ((torch.round((z.clamp(-RANGE, RANGE) + RANGE) / step)).long() for z in (start, end))
+        entry = table[row, column] + shift
+        p = torch.where(tabled & (entry > low) & (entry < high), entry, p)
+    return torch.where(finite, p, lower.detach() / 2 + upper.detach() / 2).to(lower.dtype)
+
+
+@lru_cache(maxsize=64)
+def _branching_table(function: Name, parameters: tuple[float, ...]) -> Tensor:
+    """(GRID + 1, GRID + 1): the best p for an interval from grid point i to j; NaN where none has a finite loss."""
+    grid = (torch.arange(GRID + 1, dtype=torch.float64) - GRID / 2) * (2 * RANGE / GRID)
+    i, j = torch.triu_indices(GRID + 1, GRID + 1, offset=1)
+    loss = torch.full((GRID + 1, GRID + 1), torch.inf, dtype=torch.float64)
+    loss[i, j] = tightness_loss(function, parameters, grid[i], grid[j])
+    # The middle is on the grid for every other interval only; for the rest it is tried too.
+    middle = (grid[i] + grid[j]) / 2
+    halves = tightness_loss(function, parameters, grid[i], middle) + tightness_loss(
+        function, parameters, middle, grid[j]
+    )
+    least, best = torch.full_like(loss, torch.inf), torch.full_like(loss, torch.nan)
+    least[i, j], best[i, j] = halves, torch.where(torch.isfinite(halves), middle, torch.nan)
+    for k in range(1, GRID):
+        both = loss[:k, k, None] + loss[k, None, k + 1 :]
+        better = both < least[:k, k + 1 :]
+        least[:k, k + 1 :] = torch.where(better, both, least[:k, k + 1 :])
+        best[:k, k + 1 :] = torch.where(better, grid[k], best[:k, k + 1 :])
+    return best
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -170,9 +292,9 @@ def _values(c: Curve, z: Tensor, side: int) -> Tensor:
     """No less than f(z) for side 1, no more than f(z) for side -1."""
     value, error = c.value(z.clamp(-1e300, 1e300))
     bound = side * _above(side * value, torch.where(torch.isfinite(error), error, 1.0))
-    # An overflow is no infinity.
-    bound = bound.clamp(max=LARGEST) if side < 0 else bound.clamp(min=-LARGEST)
     bound = torch.where(z == math.inf, c.limits[1], torch.where(z == -math.inf, c.limits[0], bound))
+    # A value that overflowed is not infinite.
+    bound = bound.clamp(max=LARGEST) if side < 0 else bound.clamp(min=-LARGEST)
     return bound.clamp(*c.extent)
 
 
@@ -278,7 +400,8 @@ def _height(c: Curve, z: Tensor, a: Tensor, side: int) -> tuple[Tensor, Tensor]:
     value = value.clamp(max=LARGEST) if side < 0 else value.clamp(min=-LARGEST)
     error = torch.where(torch.isfinite(error), error, RELATIVE * LARGEST)
     product = a * z
-    short = (a == a.float()) & (z == z.float())  # then the product has at most 48 digits
+    # Exact where a is 0, 1 or -1, or the product has at most 48 digits.
+    short = (a == 0) | (a.abs() == 1) | ((a == a.float()) & (z == z.float()))
     error = error + torch.where(short, 0.0, UNIT * product.abs() + 1e-300)
     height = value - product
     # What this subtraction loses, exactly (Knuth, The art of computer programming, volume 2, 4.2.2, theorem B).
@@ -323,7 +446,7 @@ def _touch(piece: Piece, low: Tensor, high: Tensor, a: Tensor, side: int) -> tup
         z = piece.touching(a)
         z = torch.where(torch.isnan(z), low / 2 + high / 2, torch.clamp(z, low, high))
     else:
-        z = _search(piece, low, high, a, side, ~(falling | rising))
+        z = _search(piece, low, high, a, ~(falling | rising))
     z = torch.where(falling, low, torch.where(rising, high, z))
     slope, error = piece.slope(z)
     steep = side * (slope - a)
@@ -334,35 +457,50 @@ def _touch(piece: Piece, low: Tensor, high: Tensor, a: Tensor, side: int) -> tup
     return z, torch.where(torch.isnan(slack), math.inf, slack)
 
 
-def _search(piece: Piece, low: Tensor, high: Tensor, a: Tensor, side: int, wanted: Tensor) -> Tensor:
-    """z with f'(z) = a between low and high by false position (Anderson, Björck 1973) and bisection."""
-    found = low.clone()
+def _search(piece: Piece, low: Tensor, high: Tensor, a: Tensor, wanted: Tensor) -> Tensor:
+    """z with f'(z) = a, from a table of f' and then by false position (Anderson, Björck 1973) and bisection."""
+    found = low / 2 + high / 2
     index = wanted.nonzero()[:, 0]
-    # Beyond 40 the slopes of the functions without a closed form are constant for all that float64 can tell.
-    p, q, a = low[index].clamp(-40, 40), high[index].clamp(-40, 40), a[index]
-    at_p, at_q = side * (piece.slope(p)[0] - a), side * (piece.slope(q)[0] - a)
-    z = p / 2 + q / 2
+    nodes, slopes = _table(piece)
+    a = a[index]
+    after = torch.searchsorted(slopes, a).clamp(1, len(slopes) - 1)
+    p, q, at_p, at_q = nodes[after - 1], nodes[after], slopes[after - 1] - a, slopes[after] - a
     for step in range(TOUCHES):
         if len(index) == 0:
             break
-        z = p / 2 + q / 2 if step % 3 == 2 else (p * at_q - q * at_p) / (at_q - at_p)
-        z = torch.where(torch.isfinite(z), torch.clamp(z, p, q), p / 2 + q / 2)
-        at_z = side * (piece.slope(z)[0] - a)
+        middle = p / 2 + q / 2
+        z = middle if step % 6 == 5 else (p * at_q - q * at_p) / (at_q - at_p)
+        z = torch.where(torch.isfinite(z), torch.clamp(z, torch.minimum(p, q), torch.maximum(p, q)), middle)
         found[index] = z
-        left = at_z > 0  # the root is right of z
+        at_z = piece.slope(z)[0] - a
+        below = at_z < 0
         # The end that stays is given less weight, lest it stay for ever.
-        weight = torch.where(left, 1 - at_z / at_p, 1 - at_z / at_q)
+        weight = 1 - at_z / torch.where(below, at_p, at_q)
         weight = torch.where(weight > 0, weight, 0.5)
-        at_p, at_q = torch.where(left, at_z, at_p * weight), torch.where(left, at_q * weight, at_z)
-        p, q = torch.where(left, z, p), torch.where(left, q, z)
-        going = (at_z.abs() > 4 * UNIT * (1 + a.abs())) & (q - p > 4 * UNIT * (p.abs() + q.abs()))
+        at_p, at_q = torch.where(below, at_z, at_p * weight), torch.where(below, at_q * weight, at_z)
+        p, q = torch.where(below, z, p), torch.where(below, q, z)
+        going = (at_z.abs() > 16 * UNIT * (1 + a.abs())) & ((q - p).abs() > 4 * UNIT * (p.abs() + q.abs()))
         if not bool(going.all()):
             index, a, p, q, at_p, at_q = (x[going] for x in (index, a, p, q, at_p, at_q))
-    return found
+    return torch.clamp(found, low, high)
+
+
+@lru_cache(maxsize=256)
+def _table(piece: Piece) -> tuple[Tensor, Tensor]:
+    """z and f'(z) at many points of a piece of which f' has no closed inverse, by rising f'.
+
+    Beyond 40 the slopes of such functions are constant for all that float64 can tell.
+    """
+    start, end = max(-40.0, float(piece.start)), min(40.0, float(piece.end))
+    nodes = torch.linspace(start, end, 8193, dtype=torch.float64)
+    slopes = piece.slope(nodes)[0]
+    return (nodes, slopes) if piece.bend > 0 else (nodes.flip(0), slopes.flip(0))
 
 
 def _best(c: Curve, lower: Tensor, upper: Tensor, side: int, where: float = 0.5) -> Tensor:
     """The slope of the concave (side 1) or convex (-1) envelope of f over [l, u] at l + where (u - l)."""
+    if c.constant:
+        return torch.zeros_like(lower)
     shape = lower.shape
     lower, upper = lower.reshape(-1), upper.reshape(-1)
     unbent = _unbent(c, lower, upper)
@@ -407,7 +545,7 @@ def _envelope(c: Curve, lower: Tensor, upper: Tensor, side: int, where: float) -
     for _ in range(STEPS):
         if len(index) == 0:
             break
-        secant = (c.value(q)[0] - c.value(p)[0]) / (q - p)
+        secant = _secant(c, p, q)
         a[index] = secant
         gap, noise, z = _gap(c, lower, upper, secant, p, side)
         left = z <= m
@@ -416,6 +554,17 @@ def _envelope(c: Curve, lower: Tensor, upper: Tensor, side: int, where: float) -
         if not bool(going.all()):
             index, lower, upper, m, p, q = (x[going] for x in (index, lower, upper, m, p, q))
     return a
+
+
+def _secant(c: Curve, p: Tensor, q: Tensor) -> Tensor:
+    """The slope from (p, f(p)) to (q, f(q)), one that f' has between them where p and q are too near to tell."""
+    (start, before), (end, after) = c.value(p), c.value(q)
+    secant = (end - start) / (q - p)
+    index = (~(before + after < 2.0**-10 * (end - start).abs())).nonzero()[:, 0]
+    if len(index):
+        least, largest = _derivative(c, p[index], q[index])
+        secant[index] = torch.clamp(secant[index], least, largest)
+    return secant
 
 
 def _gap(c: Curve, lower: Tensor, upper: Tensor, a: Tensor, z: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
