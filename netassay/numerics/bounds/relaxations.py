@@ -569,7 +569,7 @@ def _secant(c: Curve, p: Tensor, q: Tensor) -> Tensor:
 
 def _gap(c: Curve, lower: Tensor, upper: Tensor, a: Tensor, z: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """How far f rises over the line of slope a through (z, f(z)), what of that may be noise, and where it does."""
-    top, at = _support(c, lower, upper, torch.where(torch.isfinite(a), a, 0.0), side)
-    value = c.value(z)[0]
-    noise = 2.0**-45 * (value.abs() + (a * z).abs() + (c.value(at)[0]).abs() + (a * at).abs()) + 1e-300
-    return top - side * (value - a * z), noise, at
+    at = _support(c, lower, upper, torch.where(torch.isfinite(a), a, 0.0), side)[1]
+    here, there = c.value(z)[0], c.value(at)[0]
+    gap = side * ((there - here) - a * (at - z))
+    return gap, 2.0**-46 * (here.abs() + there.abs() + (a * (at - z)).abs()) + 1e-300, at
