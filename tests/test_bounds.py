@@ -337,10 +337,11 @@ def test_rounding_bounds_cover_the_measured_error_of_float32() -> None:
     graph = random_mlp(generator, [200, 100, 100, 10])
     x = torch.tensor(generator.uniform(size=(20, 200))).float()
     region = Ball("inf", x.double(), torch.zeros(20, dtype=F64))
-    values, error = interval.propagate(graph, region, torch.float32), torch.zeros(20, 200, dtype=F64)
+    values, errors = interval.propagate(graph, region, torch.float32), {graph.input: torch.zeros(20, 200, dtype=F64)}
     for operation in graph.operations:
         w = linear.weights(graph, F64)[operation.target]
-        _, error = rounding.evaluation(operation, w, values[operation.source], error, torch.float32)
+        _, errors[operation.target] = rounding.evaluation(operation, w, values, errors, torch.float32)
+    error = errors[graph.output]
     measured = (forward(graph, x).double() - forward(graph, x.double())).abs()
     assert (measured <= error).all()
     assert float(measured.max()) > 0
@@ -486,10 +487,11 @@ def test_the_error_of_evaluation_widens_pre_activations_below_and_above() -> Non
     rows = torch.eye(3, dtype=F64)
     plain = backward.lower(graph, region, rows).values["z1"]
     evaluated = backward.lower(graph, region, rows, evaluated=torch.float32).values["z1"]
-    boxes, error = interval.propagate(graph, region, torch.float32), torch.zeros(4, 6, dtype=F64)
+    boxes, errors = interval.propagate(graph, region, torch.float32), {graph.input: torch.zeros(4, 6, dtype=F64)}
     for operation in graph.operations[:3]:
         w = linear.weights(graph, F64)[operation.target]
-        _, error = rounding.evaluation(operation, w, boxes[operation.source], error, torch.float32)
+        _, errors[operation.target] = rounding.evaluation(operation, w, boxes, errors, torch.float32)
+    error = errors["z1"]
     for moved, tightened in (
         (plain.lower - evaluated.lower, evaluated.lower > boxes["z1"].lower + 1e-3),
         (evaluated.upper - plain.upper, evaluated.upper < boxes["z1"].upper - 1e-3),

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from netassay.heavy import torch
-from netassay.networks.graph import Graph, Operation, Relu
-from netassay.numerics.bounds.linear import MAPS, chain, weights
+from netassay.networks.functions import FUNCTIONS
+from netassay.networks.graph import Activation, Graph, Operation, Pick, Product, Relu, Sum
+from netassay.numerics.bounds.linear import MAPS, operations, weights
 from netassay.numerics.bounds.regions import Ball, Box, Region
 
 if TYPE_CHECKING:
@@ -361,8 +362,9 @@ class _Surrogate:
     def values(self, x: Tensor) -> dict[str, Tensor]:
         """All values at x: (rows, *input)."""
         values = {self.graph.input: x}
-        for operation in chain(self.graph):
-            values[operation.target] = FORWARD[type(operation)](self, operation, values[operation.source])
+        for operation in operations(self.graph):
+            given = (values[source] for source in operation.sources)
+            values[operation.target] = FORWARD[type(operation)](self, operation, *given)
         return values
 
     def margin(self, x: Tensor, objective: Objective, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,12 +373,15 @@ class _Surrogate:
         outputs = values[self.graph.output].flatten(1)
         margin, gradient = objective.margin(outputs, items)
         reached = {self.graph.output: gradient.reshape(values[self.graph.output].shape)}
-        for operation in reversed(chain(self.graph)):
+        for operation in reversed(operations(self.graph)):
             above = reached.pop(operation.target, None)
-            if above is not None:
-                below = BACKWARD[type(operation)](self, operation, above, values[operation.source])
-                known = reached.get(operation.source)
-                reached[operation.source] = below if known is None else known + below
+            if above is None:
+                continue
+            given = [values[source] for source in operation.sources]
+            found = BACKWARD[type(operation)](self, operation, above, *given)
+            for source, below in zip(operation.sources, found, strict=True):
+                known = reached.get(source)
+                reached[source] = below if known is None else known + below
         return margin, outputs.abs().amax(1), reached[self.graph.input]
 
 
@@ -388,18 +393,41 @@ def _forward_linear(surrogate: _Surrogate, operation: Operation, x: Tensor) -> T
     return y if bias is None else y + bias
 
 
-def _backward_linear(surrogate: _Surrogate, operation: Operation, a: Tensor, x: Tensor) -> Tensor:
+def _backward_linear(surrogate: _Surrogate, operation: Operation, a: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     weight = surrogate.weights[operation.target]
-    a = a if weight is None else _rounded(a, surrogate.bits[operation.target])
-    return MAPS[type(operation)].adjoint(operation, weight, a, tuple(x.shape[1:]))
+    if weight is not None or isinstance(operation, Pick):  # what moves numbers one by one adds nothing up
+        a = _rounded(a, surrogate.bits[operation.target])
+    return (MAPS[type(operation)].adjoint(operation, weight, a, tuple(x.shape[1:])),)
 
 
-FORWARD: dict[type[Operation], Callable[[_Surrogate, Operation, Tensor], Tensor]] = {
+def _function(surrogate: _Surrogate, operation: Activation, x: Tensor) -> Tensor:
+    # A library may compute the last bit of a function by another path in another place of a tensor: it is cut off.
+    return _cut(FUNCTIONS[operation.function](x, *operation.parameters))
+
+
+def _backward_function(surrogate: _Surrogate, operation: Activation, a: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(FUNCTIONS[operation.function](x, *operation.parameters).sum(), x)
+    return (a * _cut(slope),)
+
+
+def _cut(x: Tensor) -> Tensor:
+    return x.float().to(x.dtype)
+
+
+FORWARD: dict[type[Operation], Callable[..., Tensor]] = {
     **dict.fromkeys(MAPS, _forward_linear),
     Relu: lambda surrogate, operation, x: x.clamp(min=0),
+    Activation: _function,
+    Sum: lambda surrogate, operation, x, y: operation.factors[0] * x + operation.factors[1] * y,
+    Product: lambda surrogate, operation, x, y: x * y,
 }
 
-BACKWARD: dict[type[Operation], Callable[[_Surrogate, Operation, Tensor, Tensor], Tensor]] = {
+BACKWARD: dict[type[Operation], Callable[..., tuple[Tensor, ...]]] = {
     **dict.fromkeys(MAPS, _backward_linear),
-    Relu: lambda surrogate, operation, a, x: a * (x > 0),
+    Relu: lambda surrogate, operation, a, x: (a * (x > 0),),
+    Activation: _backward_function,
+    Sum: lambda surrogate, operation, a, x, y: (a * operation.factors[0], a * operation.factors[1]),
+    Product: lambda surrogate, operation, a, x, y: (a * y, a * x),
 }

@@ -72,7 +72,7 @@ from netassay.networks.graph import Graph
 from netassay.numerics import attacks, replay
 from netassay.numerics.bounds import backward, interval, rounding
 from netassay.numerics.bounds.interval import Interval
-from netassay.numerics.bounds.linear import chain
+from netassay.numerics.bounds.linear import operations
 from netassay.numerics.bounds.regions import Box
 from netassay.numerics.branch_and_bound import inputs
 from netassay.vnnlib import Case, Conjunction
@@ -261,7 +261,7 @@ class _Item:
 def _outcomes(params: Sequence[Params]) -> list[Result | MethodError]:
     try:
         graph = networks.load(params[0].network)
-        chain(graph)
+        operations(graph)
     except (onnx_file.UnsupportedOperator, onnx_file.UnsupportedShape) as error:
         return [NotApplicable(error.what, error.why)] * len(params)
     except onnx_file.NetworkFileError as error:
@@ -429,7 +429,9 @@ def _bounded(graph: Graph, pieces: list[_Piece], method: str) -> None:
 
 def _runs(graph: Graph, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces that are bounded together: boxes, and numbers in their linear bounds, within what memory holds."""
-    widest = max(math.prod(shape) for shape in (graph.input_shape, *(operation.shape for operation in chain(graph))))
+    widest = max(
+        math.prod(shape) for shape in (graph.input_shape, *(operation.shape for operation in operations(graph)))
+    )
     run: list[_Piece] = []
     most = 0
     for piece in pieces:

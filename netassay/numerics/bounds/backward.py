@@ -4,10 +4,12 @@ With pre-activation bounds l < 0 < u of a neuron z, ReLU lies between two lines,
 
     alpha z  <=  relu(z)  <=  s z + t,      s = u / (u - l),   t = -s l,   alpha = 1 where u > -l, else 0 (adaptive);
 
-a coefficient A >= 0 takes the lower line, A < 0 the upper one. At the input A x + d is minimised over the region. The
-pre-activation bounds come from the same pass (`intermediates="backward"`, CROWN) or from boxes (`"interval"`,
-CROWN-IBP); either way they are cut with the box propagated from the bounds before, and only neurons that the box leaves
-unstable get a backward pass: the lines of a stable neuron do not depend on its bounds.
+a coefficient A >= 0 takes the lower line, A < 0 the upper one. Other functions lie between two lines too, a product of
+two values between planes (`relaxations`), and a value that several operations read collects the coefficients of each.
+At the input A x + d is minimised over the region. The pre-activation bounds come from the same pass
+(`intermediates="backward"`, CROWN) or from boxes (`"interval"`, CROWN-IBP); either way they are cut with the box
+propagated from the bounds before, and of a ReLU's input only neurons that the box leaves unstable get a backward pass:
+the lines of a stable neuron do not depend on its bounds. (Those of other functions, and planes, do.)
 
 All bounds include the rounding of the pass itself (`rounding`): they hold in real arithmetic. With `evaluated` they
 also hold for every evaluation of the network in that dtype: such a network has each value moved by a small local error,
@@ -21,15 +23,15 @@ Towards stable and efficient training of verifiably robust neural networks. 2020
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from netassay.heavy import torch
-from netassay.networks.graph import Graph, Operation, Relu
-from netassay.numerics.bounds import interval, rounding
+from netassay.networks.graph import Activation, Graph, Operation, Pick, Product, Relu, Sum
+from netassay.numerics.bounds import interval, relaxations, rounding
 from netassay.numerics.bounds.interval import Interval
-from netassay.numerics.bounds.linear import MAPS, Weights, chain, weights
+from netassay.numerics.bounds.linear import MAPS, Weights, operations, weights
 from netassay.numerics.bounds.regions import Region
 
 if TYPE_CHECKING:
@@ -60,15 +62,19 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """Slopes and intercept of the two lines of a ReLU: each (batch, *shape)."""
+    """Two lines, alpha z + below <= f(z) <= slope z + intercept: each (batch, *shape); below None: 0.
+
+    alpha may be (batch, rows, *shape) too: a slope of its own for each row.
+    """
 
     alpha: Tensor
     slope: Tensor
     intercept: Tensor
+    below: Tensor | None = None
 
     @classmethod
     def of(cls, z: Interval) -> Lines:
-        """Adaptive lines over z; exact (0 or the identity) where z is stable."""
+        """Adaptive lines of a ReLU over z; exact (0 or the identity) where z is stable."""
         low, up = z.lower.clamp(max=0), z.upper.clamp(min=0)
         # 0/0 at a neuron that is constantly zero: any line does, and 0 is exact.
         slope = torch.where(z.upper > 0, up / (up - low).clamp(min=rounding.smallest(up.dtype)), 0.0).clamp(max=1)
@@ -77,31 +83,110 @@ class Lines:
         return cls((up > -low).to(up.dtype), slope, intercept)
 
 
-def _linear(operation: Operation, row: Linear, w: Weights, shape: tuple[int, ...], lines: None) -> Linear:
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """below[0] x + below[1] y + below[2]  <=  x y  <=  above[0] x + above[1] y + above[2]; each (batch, *shape)."""
+
+    below: tuple[Tensor, Tensor, Tensor]
+    above: tuple[Tensor, Tensor, Tensor]
+
+
+Relaxation = Lines | Planes
+
+
+def relaxation(
+    operation: Operation, values: Mapping[str, Interval], whole: Mapping[str, Interval]
+) -> Relaxation | None:
+    """What a pass puts in the place of an operation over these boxes; None for a linear one.
+
+    whole: the boxes that its rounding was told of (`rounding.backward`), no smaller.
+    """
+    x = values[operation.source]
+    match operation:
+        case Relu():
+            return Lines.of(x)
+        case Activation():
+            found = relaxations.lines(operation.function, operation.parameters, x.lower, x.upper)
+            lines = Lines(found.lower_slope, found.upper_slope, found.upper_intercept, found.lower_intercept)
+            return _flattened(
+                operation, lines, x, ~torch.isfinite(rounding.steepness(operation, whole[operation.source]))
+            )
+        case Product():
+            y = values[operation.other]
+            p = relaxations.mccormick(x.lower, x.upper, y.lower, y.upper)
+            return Planes((p.lower_x, p.lower_y, p.lower_constant), (p.upper_x, p.upper_y, p.upper_constant))
+    return None
+
+
+def _flattened(operation: Activation, lines: Lines, x: Interval, where: Tensor) -> Lines:
+    """Constant lines in some places: of a steeper one than `rounding` knows nothing could be said."""
+    if not bool(where.any()):
+        return lines
+    low, high = relaxations.image(operation.function, operation.parameters, x.lower, x.upper)
+    assert lines.below is not None
+    return Lines(
+        torch.where(where, 0.0, lines.alpha),
+        torch.where(where, 0.0, lines.slope),
+        torch.where(where, high, lines.intercept),
+        torch.where(where, low, lines.below),
+    )
+
+
+#: Coefficients of an operation's target turned into those of its sources: one a source, in their order.
+Sources = tuple[Linear, ...]
+
+
+def _linear(operation: Operation, row: Linear, w: Weights, shape: tuple[int, ...], lines: None) -> Sources:
     a = MAPS[type(operation)].adjoint(operation, w.weight, row.a.flatten(0, 1), shape)
     d = row.d if w.constant is None else row.d + row.a.flatten(2) @ w.constant.flatten()
-    return Linear(a.reshape(*row.a.shape[:2], *shape), d)
+    return (Linear(a.reshape(*row.a.shape[:2], *shape), d),)
 
 
-def _relu(operation: Operation, row: Linear, w: Weights, shape: tuple[int, ...], lines: Lines) -> Linear:
+def _between(operation: Operation, row: Linear, w: Weights, shape: tuple[int, ...], lines: Lines) -> Sources:
     positive = row.a.clamp(min=0)
-    slope, lower = lines.slope[:, None], (lines.alpha - lines.slope)[:, None]
+    alpha, slope = by_row(lines.alpha, row.a), lines.slope[:, None]
     # A s + A+ (alpha - s) is A+ alpha + A- s. Sign-correct in floating point too: one of the two terms decides.
-    a = torch.addcmul(row.a * slope, positive, lower)
-    # sum of A- t over the neurons.
+    a = torch.addcmul(row.a * slope, positive, alpha - slope)
+    # sum of A- t over the neurons, and of A+ times the lower line's.
     d = row.d + _contract(row.a, lines.intercept) - _contract(positive, lines.intercept)
-    return Linear(a, d)
+    return (Linear(a, d if lines.below is None else d + _contract(positive, lines.below)),)
+
+
+def _sum(operation: Sum, row: Linear, w: Weights, shape: tuple[int, ...], lines: None) -> Sources:
+    first, second = operation.factors
+    return Linear(row.a * first, row.d), Linear(row.a * second, torch.zeros_like(row.d))
+
+
+def _product(operation: Product, row: Linear, w: Weights, shape: tuple[int, ...], planes: Planes) -> Sources:
+    positive = row.a.clamp(min=0)
+    negative = row.a - positive
+    one, two = (
+        positive * low[:, None] + negative * up[:, None]
+        for low, up in zip(planes.below[:2], planes.above[:2], strict=True)
+    )
+    d = row.d + _contract(positive, planes.below[2]) + _contract(negative, planes.above[2])
+    return Linear(one, d), Linear(two, torch.zeros_like(d))
+
+
+def by_row(v: Tensor, a: Tensor) -> Tensor:
+    """v, (batch, *shape) or (batch, rows, *shape), against coefficients a, (batch, rows, *shape)."""
+    return v if v.dim() == a.dim() else v[:, None]
 
 
 def _contract(a: Tensor, v: Tensor) -> Tensor:
-    """sum a v over all axes but the first two. a: (batch or 1, rows, *shape), v: (batch, *shape). (batch, rows)."""
+    """sum a v over all axes but two: (batch, rows). a: (batch or 1, rows, *shape), v: (batch or 1, *shape)."""
     a, v = a.flatten(2), v.flatten(1)
-    return v @ a[0].T if len(a) == 1 else torch.bmm(a, v[:, :, None])[:, :, 0]
+    if len(a) == 1:
+        return v @ a[0].T
+    return a @ v[0] if len(v) == 1 else torch.bmm(a, v[:, :, None])[:, :, 0]
 
 
-RULES: dict[type[Operation], Callable[..., Linear]] = {
+RULES: dict[type[Operation], Callable[..., Sources]] = {
     **dict.fromkeys(MAPS, _linear),
-    Relu: _relu,
+    Relu: _between,
+    Activation: _between,
+    Sum: _sum,
+    Product: _product,
 }
 
 
@@ -142,13 +227,7 @@ def lower(
             _lower(graph, region[which], rows[None] if rows.dim() == 2 else rows[which], intermediates, evaluated)
             for which in _blocks(len(region), block)
         ]
-    return Lower(
-        torch.cat([part.lower for part in parts]),
-        torch.cat([part.a for part in parts]),
-        {name: _joined([part.values[name] for part in parts]) for name in parts[0].values},
-        torch.cat([part.noise for part in parts]),
-        torch.cat([part.delicate for part in parts]),
-    )
+    return joined(parts)
 
 
 def bounds(
@@ -171,22 +250,22 @@ def bounds(
 def box_margins(
     graph: Graph, values: dict[str, Interval], rows: Tensor, evaluated: torch.dtype | None = None
 ) -> Tensor:
-    """Lower bounds of C f(x) by boxes alone: C is folded into the linear maps after the last ReLU (Gowal et al. 2018,
-    section 3, "elision of the last layer"), then minimised over the box before them.
+    """Lower bounds of C f(x) by boxes alone: C is folded into the linear maps at the end (Gowal et al. 2018, section 3,
+    "elision of the last layer"), up to an operation on two values, then minimised over the box before them.
 
     values: of `interval.propagate`, for the same `evaluated`. rows: (batch, rows, outputs). Returns (batch, rows).
     """
     with torch.no_grad():
         row, at = Linear(rows.unflatten(2, graph.output_shape), rows.new_zeros(rows.shape[:2])), graph.output
         of_graph = weights(graph, rows.dtype)
-        for operation in reversed(chain(graph)):
-            if isinstance(operation, Relu):
+        for operation in reversed(operations(graph)):
+            if type(operation) not in MAPS:
                 break
             at, w = operation.source, of_graph[operation.target]
             if evaluated is not None:
-                none = torch.zeros_like(values[at].lower)
-                row = _shifted(row, rounding.evaluation(operation, w, values[at], none, evaluated)[0])
-            row = _linear(operation, row, w, graph.shape_of(at), None)
+                none = {at: torch.zeros_like(values[at].lower)}
+                row = _shifted(row, rounding.evaluation(operation, w, values, none, evaluated)[0])
+            (row,) = _linear(operation, row, w, graph.shape_of(at), None)
         box = values[at]
         middle, half = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
         least = row.d + _contract(row.a, middle) - _contract(row.a.abs(), half)
@@ -198,8 +277,17 @@ def _blocks(total: int, block: int) -> Iterator[slice]:
         yield slice(start, start + block)
 
 
-def _joined(parts: list[Interval]) -> Interval:
-    return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
+def joined(parts: Sequence[Lower]) -> Lower:
+    """Bounds of blocks as one."""
+    values = {
+        name: Interval(
+            torch.cat([p.values[name].lower for p in parts]), torch.cat([p.values[name].upper for p in parts])
+        )
+        for name in parts[0].values
+    }
+    together = (torch.cat([getattr(part, name) for part in parts]) for name in ("lower", "a", "noise", "delicate"))
+    least, a, noise, delicate = together
+    return Lower(least, a, values, noise, delicate)
 
 
 def _proved(lower: Tensor) -> Tensor:
@@ -220,8 +308,13 @@ def _lower(
     graph: Graph, region: Region, rows: Tensor, intermediates: Intermediates, evaluated: torch.dtype | None
 ) -> Lower:
     """One block. rows: (batch or 1, rows, outputs)."""
-    block = _relaxed(graph, region, intermediates, evaluated)
-    row = _walk(graph, rows.unflatten(2, graph.output_shape), graph.output, block)
+    block = relaxed(graph, region, intermediates, evaluated)
+    row = walk(graph, rows.unflatten(2, graph.output_shape), graph.output, block.lines, local=block.local)
+    return concretised(graph, region, rows, row, block)
+
+
+def concretised(graph: Graph, region: Region, rows: Tensor, row: Linear, block: Block) -> Lower:
+    """What the linear bound `row` of `rows`, (batch or 1, rows, outputs), comes to over the region."""
     pad = _contract(rows.abs(), block.rounding[graph.output])
     least = _proved(row.d + region.minimum(row.a.flatten(2)) - pad)
     noise = NOISE * len(graph.operations) * pad.amax(1)
@@ -229,48 +322,69 @@ def _lower(
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
+class Block:
     """What a walk needs to know of a block of boxes, by name of the value.
 
-    values: boxes. lines: of each ReLU, by source. local: errors of evaluation. rounding: of the pass itself.
+    values: boxes. lines: what stands for operations that are not linear, by their target. local: errors of evaluation.
+    rounding: of the pass itself.
     delicate: (batch,), bool, see `Lower`.
     """
 
     values: dict[str, Interval]
-    lines: dict[str, Lines]
+    lines: dict[str, Relaxation]
     local: dict[str, Tensor | None]
     rounding: dict[str, Tensor]
     delicate: Tensor
 
 
-def _relaxed(graph: Graph, region: Region, intermediates: Intermediates, evaluated: torch.dtype | None) -> _Block:
-    """Boxes and lines of a block, layer by layer: each layer is bounded with the lines of those before it."""
+#: (value, its box, what is known before it, what rounding may add to a bound of it) -> a smaller box.
+Refine = Callable[[str, Interval, "Block", "Tensor"], Interval]
+
+
+def relaxed(
+    graph: Graph,
+    region: Region,
+    intermediates: Intermediates = "backward",
+    evaluated: torch.dtype | None = None,
+    refine: Refine | None = None,
+) -> Block:
+    """Boxes and lines of a block, layer by layer: each layer is bounded with the lines of those before it.
+
+    refine: tightens further what a ReLU, function or product reads, before it is relaxed.
+    """
     of_graph = weights(graph, region.centre.dtype)
-    operations = chain(graph)
-    before_relu = {operation.source for operation in operations if isinstance(operation, Relu)}
+    steps = operations(graph)
+    before_relu = {operation.source for operation in steps if isinstance(operation, Relu)}
+    before_others = {
+        of for operation in steps if isinstance(operation, Activation | Product) for of in operation.sources
+    }
     boxes = interval.propagate(graph, region, evaluated)
     none = torch.zeros(len(region), dtype=torch.bool)
-    block = _Block({graph.input: boxes[graph.input]}, {}, {}, rounding.backward(graph, boxes), none)
+    block = Block({graph.input: boxes[graph.input]}, {}, {}, rounding.backward(graph, boxes), none)
     values = block.values
     # The input's own rounding to the evaluated dtype is part of the question only where the caller's points are.
     error = {graph.input: torch.zeros_like(boxes[graph.input].lower)}
-    mixed = 0  # linear maps so far that mix coordinates: a box through the first one is exact
-    for operation in operations:
-        source, target, w = operation.source, operation.target, of_graph[operation.target]
-        x = interval.step(operation, values[source], w, evaluated)
+    # How often coordinates were mixed: through the first linear map that does, a box is exact.
+    mixed = {graph.input: 0}
+    for operation in steps:
+        target, w = operation.target, of_graph[operation.target]
+        if (lines := relaxation(operation, values, boxes)) is not None:
+            block.lines[target] = lines
+        x = interval.step(operation, values, w, evaluated)
         if evaluated is not None:
-            block.local[target], error[target] = rounding.evaluation(
-                operation, w, values[source], error[source], evaluated
-            )
-        mixed += w.terms > 1
-        if target in before_relu:
-            noise = NOISE * len(operations) * block.rounding[target]
-            if intermediates == "backward" and mixed > 1:
+            block.local[target], error[target] = rounding.evaluation(operation, w, values, error, evaluated)
+        mixed[target] = mixed[operation.source] + (w.terms > 1)
+        if len(operation.sources) > 1 or (isinstance(operation, Pick) and w.terms > 1):
+            mixed[target] = 2  # one coordinate may be there twice
+        if target in before_relu or target in before_others:
+            noise = NOISE * len(steps) * block.rounding[target]
+            if intermediates == "backward" and mixed[target] > 1:
                 block.delicate.logical_or_(_near(x, noise, x.lower, x.upper))
                 slack = block.rounding[target] + (error[target] if evaluated is not None else 0)
-                x = _tightened(graph, region, target, x, block, slack)
+                x = _tightened(graph, region, target, x, block, slack, target in before_others)
+                if refine is not None:
+                    x = refine(target, x, block, slack)
             block.delicate.logical_or_(_near(x, noise, x.lower + x.upper))
-            block.lines[target] = Lines.of(x)
         values[target] = x
     return block
 
@@ -284,44 +398,77 @@ def _near(x: Interval, noise: Tensor, *choices: Tensor) -> Tensor:
     return (near & matters).flatten(1).any(1)
 
 
-def _tightened(graph: Graph, region: Region, at: str, x: Interval, block: _Block, slack: Tensor) -> Interval:
-    """x cut by backward bounds of those of its neurons that are unstable, in each box its own.
+def _tightened(
+    graph: Graph, region: Region, at: str, x: Interval, block: Block, slack: Tensor, every: bool
+) -> Interval:
+    """x cut by backward bounds of those of its neurons that are unstable, in each box its own; every: of all of them.
 
     A row is computed for the whole block where one box needs it, but a box in which it is stable makes no use of it:
     what is known of a box must not depend on its neighbours.
     """
-    low, high, slack = x.lower.flatten(1).clone(), x.upper.flatten(1).clone(), slack.flatten(1)
-    own = (low < 0) & (high > 0)
-    unstable = own.any(0).nonzero()[:, 0]
-    widest = max(_size(graph.input_shape), *(_size(operation.shape) for operation in chain(graph)))
-    # Errors of evaluation are in the slack here, as e: cheaper than |A| local for so many rows.
-    exact = _Block(block.values, block.lines, {}, block.rounding, block.delicate)
-    for which in unstable.split(max(1, COEFFICIENTS // (2 * widest * len(region)))):
-        one = torch.zeros(len(which), low.shape[1], dtype=low.dtype)
+    own = torch.ones_like(x.lower, dtype=torch.bool) if every else (x.lower < 0) & (x.upper > 0)
+    for which, start in unit_rows(graph, at, own, len(region), x.lower.dtype):
+        # Errors of evaluation are in the slack here, as e: cheaper than |A| local for so many rows.
+        row = walk(graph, start, at, block.lines)
+        x = cut(x, which, row.d + region.minimum(row.a.flatten(2)), slack, own)
+    return x
+
+
+def unit_rows(graph: Graph, at: str, wanted: Tensor, boxes: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs of neurons of a value, wanted in any box, (neurons,), and the rows that ask for z and for -z of each,
+    (1, 2 neurons, *shape of at); as many at once as `COEFFICIENTS` allow. wanted: (batch, *shape of at), bool.
+    """
+    size = wanted[0].numel()
+    widest = max(_size(graph.input_shape), *(_size(operation.shape) for operation in operations(graph)))
+    for which in wanted.flatten(1).any(0).nonzero()[:, 0].split(max(1, COEFFICIENTS // (2 * widest * boxes))):
+        one = torch.zeros(len(which), size, dtype=dtype)
         one[torch.arange(len(which)), which] = 1
-        start = torch.cat([one, -one])[None].unflatten(2, graph.shape_of(at))
-        row = _walk(graph, start, at, exact)
-        below, above = _proved(row.d + region.minimum(row.a.flatten(2))).chunk(2, dim=1)
-        # `below` bounds z from below, `above` bounds -z from below.
-        below = torch.maximum(low[:, which], below - slack[:, which])
-        above = torch.minimum(high[:, which], slack[:, which] - above)
-        low[:, which] = torch.where(own[:, which], below, low[:, which])
-        high[:, which] = torch.where(own[:, which], above, high[:, which])
+        yield which, torch.cat([one, -one])[None].unflatten(2, graph.shape_of(at))
+
+
+def cut(x: Interval, which: Tensor, least: Tensor, slack: Tensor, own: Tensor) -> Interval:
+    """x cut, where `own` says, by lower bounds of the rows of `unit_rows`, (batch, 2 neurons), less `slack`."""
+    below, above = _proved(least).chunk(2, dim=1)
+    low, high = x.lower.flatten(1).clone(), x.upper.flatten(1).clone()
+    slack, own = slack.flatten(1)[:, which], own.flatten(1)[:, which]
+    # `below` bounds z from below, `above` bounds -z from below.
+    low[:, which] = torch.where(own, torch.maximum(low[:, which], below - slack), low[:, which])
+    high[:, which] = torch.where(own, torch.minimum(high[:, which], slack - above), high[:, which])
     return Interval(low.reshape(x.lower.shape), high.reshape(x.upper.shape))
 
 
-def _walk(graph: Graph, rows: Tensor, at: str, block: _Block) -> Linear:
-    """The linear bound of `rows` of the value `at`, in terms of the input. rows: (batch or 1, rows, *shape of at)."""
-    of_graph = weights(graph, rows.dtype)
+def walk(
+    graph: Graph,
+    rows: Tensor,
+    at: str,
+    lines: Mapping[str, Relaxation],
+    *,
+    local: Mapping[str, Tensor | None] | None = None,
+    added: Mapping[str, Tensor] | None = None,
+    caught: dict[str, Tensor] | None = None,
+) -> Linear:
+    """The linear bound of `rows` of the value `at`, in terms of the input. Differentiable in lines and `added`.
+
+    rows: (batch or 1, rows, *shape of at). lines: what stands for operations that are not linear, by their target.
+    local: errors of evaluation, by value. added: coefficients that join those of a value, by name: (batch, *shape), or
+    (batch, rows, *shape). caught: filled with the coefficients that such operations' targets had, by name.
+    """
+    of_graph, added = weights(graph, rows.dtype), added or {}
     reached = {at: Linear(rows, rows.new_zeros(rows.shape[:2]))}
-    for operation in reversed(chain(graph)):
+    for operation in reversed(operations(graph)):
         row = reached.pop(operation.target, None)
         if row is None:
             continue
-        source, w = operation.source, of_graph[operation.target]
-        row = _shifted(row, block.local.get(operation.target))
-        row = RULES[type(operation)](operation, row, w, graph.shape_of(source), block.lines.get(source))
-        # A value that several operations read collects the coefficients of each.
-        known = reached.get(source)
-        reached[source] = row if known is None else Linear(known.a + row.a, known.d + row.d)
-    return reached[graph.input]
+        w, shape, line = of_graph[operation.target], graph.shape_of(operation.source), lines.get(operation.target)
+        if (more := added.get(operation.target)) is not None:
+            row = Linear(row.a + by_row(more, row.a), row.d)
+        if caught is not None and line is not None:
+            caught[operation.target] = row.a
+        row = _shifted(row, local.get(operation.target) if local else None)
+        for source, part in zip(operation.sources, RULES[type(operation)](operation, row, w, shape, line), strict=True):
+            known = reached.get(source)
+            reached[source] = part if known is None else Linear(known.a + part.a, known.d + part.d)
+    row = reached[graph.input]
+    if (more := added.get(graph.input)) is not None:
+        row = Linear(row.a + by_row(more, row.a), row.d)
+    return row

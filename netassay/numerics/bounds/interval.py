@@ -1,6 +1,7 @@
 """Interval bound propagation (IBP): a box around every value of a graph.
 
-For y = W x + b and x in [c - r, c + r]:  y in [W c + b - |W| r, W c + b + |W| r];  ReLU maps ends to ends.
+For y = W x + b and x in [c - r, c + r]:  y in [W c + b - |W| r, W c + b + |W| r];  ReLU maps ends to ends, another
+function is bounded by its `relaxations.image`, a product of two values by those of their ends.
 
 Rounding is outward at no extra product: W c + b is computed with an error of at most g (|W| |c| + |b|), with
 g = n u / (1 - n u) for n terms and unit roundoff u, so |W| is applied to r + g |c| in place of r. With the u of float32
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from netassay.heavy import torch
-from netassay.networks.graph import Graph, Operation, Relu
-from netassay.numerics.bounds import rounding
-from netassay.numerics.bounds.linear import MAPS, Weights, chain, weights
+from netassay.networks.graph import Activation, Graph, Operation, Product, Relu, Sum
+from netassay.numerics.bounds import relaxations, rounding
+from netassay.numerics.bounds.linear import MAPS, Weights, operations, weights
 from netassay.numerics.bounds.regions import Region
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Interval:
         return Interval(torch.maximum(self.lower, lower), torch.minimum(self.upper, upper), self.ellipsoid)
 
 
-def _linear(operation: Operation, x: Interval, w: Weights, evaluated: torch.dtype | None) -> Interval:
-    apply = MAPS[type(operation)].apply
+def _linear(operation: Operation, values: Boxes, w: Weights, evaluated: torch.dtype | None) -> Interval:
+    x, apply = values[operation.source], MAPS[type(operation)].apply
     # 8 roundings beyond the sum itself: halving, subtracting and adding the ends; 4 g covers the second-order terms.
     g = 4 * rounding.gamma(w.terms + 8, x.lower.dtype) + rounding.local_gamma(w, evaluated)
     underflow = 4 * w.terms * rounding.smallest(evaluated or x.lower.dtype)
@@ -91,31 +92,80 @@ def _reach(operation: Operation, w: Weights, axes: Tensor) -> Tensor:
     return (squares.sqrt() + lost) * heaviest * widest.reshape(-1, *[1] * (squares.dim() - 1))
 
 
-def _relu(operation: Operation, x: Interval, w: Weights, evaluated: torch.dtype | None) -> Interval:
+def _relu(operation: Operation, values: Boxes, w: Weights, evaluated: torch.dtype | None) -> Interval:
+    x = values[operation.source]
     return Interval(x.lower.clamp(min=0), x.upper.clamp(min=0))
 
 
-RULES: dict[type[Operation], Callable[[Operation, Interval, Weights, torch.dtype | None], Interval]] = {
+def _activation(operation: Activation, values: Boxes, w: Weights, evaluated: torch.dtype | None) -> Interval:
+    rounding.covered(operation, evaluated)
+    x = values[operation.source]
+    return Interval(*relaxations.image(operation.function, operation.parameters, x.lower, x.upper))
+
+
+def _sum(operation: Sum, values: Boxes, w: Weights, evaluated: torch.dtype | None) -> Interval:
+    first, second = (
+        _times(factor, values[of]) for factor, of in zip(operation.factors, operation.sources, strict=True)
+    )
+    lower, upper = first[0] + second[0], first[1] + second[1]
+    # Two products and a sum, each of which rounds, in this arithmetic and in the evaluated one.
+    g = 4 * rounding.gamma(w.terms + 8, lower.dtype) + rounding.sum_gamma(evaluated)
+    size = sum(
+        abs(factor) * values[of].magnitude() for factor, of in zip(operation.factors, operation.sources, strict=True)
+    )
+    slack = g * size + 4 * w.terms * rounding.smallest(evaluated or lower.dtype)
+    image = Interval(lower - slack, upper + slack)
+    if operation.larger is None:
+        return image
+    a, b = (values[of] for of in operation.larger)
+    # The box of the larger value is that of no rounded sum; an evaluation may still add what it rounds.
+    extra = 0.0 if evaluated is None else slack
+    return image.intersect(torch.maximum(a.lower, b.lower) - extra, torch.maximum(a.upper, b.upper) + extra)
+
+
+def _times(factor: float, x: Interval) -> tuple[Tensor, Tensor]:
+    ends = factor * x.lower, factor * x.upper
+    return ends if factor >= 0 else ends[::-1]
+
+
+def _product(operation: Product, values: Boxes, w: Weights, evaluated: torch.dtype | None) -> Interval:
+    x, y = values[operation.source], values[operation.other]
+    ends = torch.stack([x.lower * y.lower, x.lower * y.upper, x.upper * y.lower, x.upper * y.upper])
+    lower, upper = ends.amin(0), ends.amax(0)
+    if operation.source == operation.other:
+        lower = torch.where((x.lower < 0) & (x.upper > 0), 0.0, torch.minimum(ends[0], ends[3]))
+    g = 4 * rounding.gamma(8, lower.dtype) + rounding.sum_gamma(evaluated)
+    slack = g * x.magnitude() * y.magnitude() + 4 * rounding.smallest(evaluated or lower.dtype)
+    return Interval(lower - slack, upper + slack)
+
+
+Boxes = dict[str, Interval]
+
+RULES: dict[type[Operation], Callable[..., Interval]] = {
     **dict.fromkeys(MAPS, _linear),
     Relu: _relu,
+    Activation: _activation,
+    Sum: _sum,
+    Product: _product,
 }
 
 
-def step(operation: Operation, x: Interval, w: Weights, evaluated: torch.dtype | None = None) -> Interval:
-    """Bounds of an operation's target from those of its source."""
-    return RULES[type(operation)](operation, x, w, evaluated)
+def step(operation: Operation, values: Boxes, w: Weights, evaluated: torch.dtype | None = None) -> Interval:
+    """Bounds of an operation's target from those of the values before it."""
+    return RULES[type(operation)](operation, values, w, evaluated)
 
 
 def propagate(graph: Graph, region: Region, evaluated: torch.dtype | None = None) -> dict[str, Interval]:
     """Boxes of all values the output depends on, the input included, in the dtype of the region.
 
     evaluated: the boxes also hold for every evaluation of the network in this dtype; None: for exact arithmetic only.
+    Raises `rounding.NotCovered` where nothing is known of such evaluations.
     """
     of_graph = weights(graph, region.centre.dtype)
     values = {graph.input: Interval.around(region)}
     with torch.no_grad():
-        for operation in chain(graph):
-            values[operation.target] = step(operation, values[operation.source], of_graph[operation.target], evaluated)
+        for operation in operations(graph):
+            values[operation.target] = step(operation, values, of_graph[operation.target], evaluated)
     return values
 
 

@@ -1,4 +1,4 @@
-"""The linear operations of a graph, as maps on tensors: x -> W x + b, and a -> a W.
+"""The linear operations of a graph on one value, as maps on tensors: x -> W x + b, and a -> a W.
 
 One entry of `MAPS` per linear operation. The weights are handed in, so the same maps serve W, |W| and W squared:
 interval bounds, error bounds and row norms are the same lines of code with other weights.
@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING
 
 from netassay.heavy import np, torch
 from netassay.networks import evaluate
-from netassay.networks.graph import Conv, Dense, Graph, Operation, Relu, Reshape, Scale
+from netassay.networks.graph import (
+    Activation,
+    Conv,
+    ConvTranspose,
+    Dense,
+    Graph,
+    Operation,
+    Pick,
+    Product,
+    Relu,
+    Reshape,
+    Scale,
+    Sum,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """weight, bias: of one operation, in its own shapes (a `Reshape` has none); absolute: |weight|.
+    """weight, bias: of one operation, in its own shapes (what only moves numbers has none); absolute: |weight|.
 
     constant: the bias as a value, (*shape of the target). terms: how many products are summed into one number, the
-    larger of the two directions.
+    larger of the two directions. A Sum has two, of its factors.
     """
 
     weight: Tensor | None
@@ -46,7 +59,7 @@ class Map:
     adjoint: Callable[..., Tensor]
 
 
-def _sums(operation: Dense | Conv, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _sums(operation: Dense | Conv | ConvTranspose, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return evaluate.linear(operation, x, weight, bias)
 
 
@@ -69,6 +82,18 @@ def _conv_adjoint(operation: Conv, weight: Tensor, a: Tensor, shape: tuple[int, 
     return whole[:, :, top : padded[0] - bottom, left : padded[1] - right]
 
 
+def _transposed_adjoint(operation: ConvTranspose, weight: Tensor, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    top, left, _, _ = operation.padding
+    whole = [
+        (shape[1 + axis] - 1) * operation.stride[axis] + operation.dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        for axis in (0, 1)
+    ]
+    # The whole result that the padding was cut from; what output padding added beyond it saw no input.
+    bottom, right = whole[0] - top - a.shape[2], whole[1] - left - a.shape[3]
+    a = torch.nn.functional.pad(a, (left, right, top, bottom))
+    return torch.nn.functional.conv2d(a, weight, None, operation.stride, 0, operation.dilation, operation.groups)
+
+
 def _scale(operation: Scale, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return x * weight if bias is None else x * weight + bias
 
@@ -85,9 +110,19 @@ def _reshape_adjoint(operation: Reshape, weight: None, a: Tensor, shape: tuple[i
     return a.reshape(a.shape[0], *shape)
 
 
+def _pick(operation: Pick, weight: None, bias: None, x: Tensor) -> Tensor:
+    return evaluate.pick(operation, x)
+
+
+def _pick_adjoint(operation: Pick, weight: None, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return evaluate.unpick(operation, a, shape)
+
+
 MAPS: dict[type[Operation], Map] = {
     Dense: Map(_sums, _dense_adjoint),
     Conv: Map(_sums, _conv_adjoint),
+    ConvTranspose: Map(_sums, _transposed_adjoint),
+    Pick: Map(_pick, _pick_adjoint),
     Scale: Map(_scale, _scale_adjoint),
     Reshape: Map(_reshape, _reshape_adjoint),
 }
@@ -101,6 +136,9 @@ def _arrays(operation: Operation) -> tuple[np.ndarray, np.ndarray, int] | None:
         case Conv():
             out, fan_in, *window = operation.weight.shape
             return operation.weight, operation.bias, math.prod(window) * max(fan_in, out // operation.groups)
+        case ConvTranspose():
+            fan_in, out, *window = operation.weight.shape
+            return operation.weight, operation.bias, math.prod(window) * max(fan_in // operation.groups, out)
         case Scale():
             # Broadcast to the value's own shape: a bound may be asked where the batch axis has another length.
             scale, shift = (np.broadcast_to(array, operation.shape) for array in (operation.scale, operation.shift))
@@ -112,10 +150,18 @@ def tensors(operation: Operation, dtype: torch.dtype) -> Weights:
     """The weights of one operation in `dtype`."""
     arrays = _arrays(operation)
     if arrays is None:
-        return Weights(None, None, None, None, 1)
+        return Weights(None, None, None, None, _terms(operation))
     weight, bias = (torch.from_numpy(np.array(array, dtype=np.float64)).to(dtype) for array in arrays[:2])
-    constant = (bias[:, None, None] if isinstance(operation, Conv) else bias).expand(operation.shape)
+    constant = (bias[:, None, None] if isinstance(operation, Conv | ConvTranspose) else bias).expand(operation.shape)
     return Weights(weight, bias, weight.abs(), constant.contiguous(), arrays[2])
+
+
+def _terms(operation: Operation) -> int:
+    """How many numbers an operation without weights adds up, in either direction."""
+    if isinstance(operation, Pick):
+        taken = operation.indices[operation.indices >= 0]
+        return int(np.bincount(taken.ravel()).max()) if taken.size else 1
+    return 2 if isinstance(operation, Sum) else 1
 
 
 _kept: weakref.WeakKeyDictionary[Graph, dict] = weakref.WeakKeyDictionary()
@@ -125,23 +171,23 @@ def weights(graph: Graph, dtype: torch.dtype) -> dict[str, Weights]:
     """The weights of all operations, by target. Kept as long as the graph lives: a group asks many times."""
     of_graph = _kept.setdefault(graph, {})
     if dtype not in of_graph:
-        of_graph[dtype] = {operation.target: tensors(operation, dtype) for operation in chain(graph)}
+        of_graph[dtype] = {operation.target: tensors(operation, dtype) for operation in operations(graph)}
     return of_graph[dtype]
 
 
-def chain(graph: Graph) -> tuple[Operation, ...]:
+def operations(graph: Graph) -> tuple[Operation, ...]:
     """The operations that the output depends on, first to last.
 
-    Raises NotImplementedError naming an operation that is neither linear (`MAPS`) nor a ReLU.
+    Raises NotImplementedError naming an operation that no interpreter of the bounds has a rule for.
     """
-    wanted, used = {graph.output}, []
-    for operation in reversed(graph.operations):
-        if operation.target in wanted:
-            if type(operation) not in MAPS and not isinstance(operation, Relu):
-                raise NotImplementedError(
-                    f"no bound rule for {type(operation).__name__} ({operation.name}); rules exist for "
-                    f"{', '.join(sorted(kind.__name__ for kind in (*MAPS, Relu)))}"
-                )
-            wanted.add(operation.source)
-            used.append(operation)
-    return tuple(reversed(used))
+    for operation in graph.needed:
+        if type(operation) not in KINDS:
+            raise NotImplementedError(
+                f"no bound rule for {type(operation).__name__} ({operation.name}); rules exist for "
+                f"{', '.join(sorted(kind.__name__ for kind in KINDS))}"
+            )
+    return graph.needed
+
+
+#: What has a rule in each interpreter.
+KINDS: tuple[type[Operation], ...] = (*MAPS, Sum, Relu, Activation, Product)

@@ -129,7 +129,9 @@ def _norm(a: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, x: Tensor) -> Tensor:
-    """a.x per row. a: (batch or 1, rows, n), x: (batch, n). Returns (batch, rows)."""
+    """a.x per row. a: (batch or 1, rows, n), x: (batch or 1, n). Returns (batch, rows)."""
     if len(a) == 1:
         return x @ a[0].T
+    if len(x) == 1:
+        return a @ x[0]
     return torch.bmm(a, x[:, :, None])[:, :, 0]

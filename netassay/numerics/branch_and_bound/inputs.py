@@ -53,7 +53,7 @@ from netassay.networks.graph import Graph, Relu
 from netassay.numerics.bounds import interval, rounding
 from netassay.numerics.bounds.backward import Lines
 from netassay.numerics.bounds.interval import Interval
-from netassay.numerics.bounds.linear import MAPS, chain, weights
+from netassay.numerics.bounds.linear import MAPS, operations, weights
 from netassay.numerics.bounds.regions import Box
 
 if TYPE_CHECKING:
@@ -95,12 +95,16 @@ def layers(graph: Graph, dtype: torch.dtype) -> list[Layer] | None:
     found, of_graph = [], weights(graph, dtype)
     size = math.prod(graph.input_shape)
     matrix, bias = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype)
-    elements, merged, shape = 0, 0, graph.input_shape
-    for operation in chain(graph):
-        size = math.prod(operation.shape)
+    elements, merged, shape, at = 0, 0, graph.input_shape, graph.input
+    for operation in operations(graph):
+        if operation.source != at:
+            return None  # two branches
+        at, size = operation.target, math.prod(operation.shape)
         if isinstance(operation, Relu):
             found.append(Layer(matrix, bias))
             matrix, bias, merged = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype), 0
+        elif type(operation) not in MAPS:
+            return None
         else:
             apply, w = MAPS[type(operation)].apply, of_graph[operation.target]
             merged += w.weight is not None
@@ -215,7 +219,7 @@ class Bounder:
         shape = (1, *graph.input_shape)
         boxes = interval.propagate(graph, Box(query.lower.reshape(shape), query.upper.reshape(shape)))
         lost = rounding.backward(graph, boxes)
-        before = [operation.source for operation in chain(graph) if isinstance(operation, Relu)]
+        before = [operation.source for operation in operations(graph) if isinstance(operation, Relu)]
         self.lost = [lost[value].flatten() for value in before]
         # Of the whole box, so of every part: no bound may lie beyond, for `rounding` takes intercepts to be within.
         self.whole = [(boxes[value].lower.flatten(), boxes[value].upper.flatten()) for value in before]
