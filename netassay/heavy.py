@@ -55,11 +55,13 @@ if TYPE_CHECKING:
     import onnxruntime
     import sklearn.datasets as sklearn_datasets
     import torch
+    import vnnlib as vnnlib_2
 else:
     np = LazyModule("numpy")
     onnx = LazyModule("onnx")
     onnxruntime = LazyModule("onnxruntime")
     sklearn_datasets = LazyModule("sklearn.datasets")
     torch = LazyModule("torch")
+    vnnlib_2 = LazyModule("vnnlib")
 
-__all__ = ["LazyModule", "np", "onnx", "onnxruntime", "sklearn_datasets", "torch"]
+__all__ = ["LazyModule", "np", "onnx", "onnxruntime", "sklearn_datasets", "torch", "vnnlib_2"]

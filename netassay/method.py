@@ -17,6 +17,8 @@ docstring      First line: the claim. Then the formula with every symbol named, 
 `needs`        Optional: `needs(params: Params) -> Needs`, where cost depends on the params.
 `group`        Optional: `group(params: Params) -> str`; jobs with different answers never share a `run_many` call.
 `plot`         Optional: `plot(records: list[Record]) -> netassay.figure.Figure`, from stored records of this method.
+`plot_beside`  Optional, beside `plot`: `plot_beside(records, times: netassay.beside.Times) -> Figure`, the same figure
+               with other tools' times on the same instances.
 =============  =======================================================================================================
 
 How a method ends:
@@ -43,6 +45,7 @@ from netassay.errors import UserError
 from netassay.fields import without_truths
 
 if TYPE_CHECKING:
+    from netassay.beside import Times
     from netassay.figure import Figure
     from netassay.job import Record
 
@@ -157,6 +160,7 @@ class Method:
     run: Callable[[Any], Any]
     run_many: Callable[[list[Any]], list[Any]] | None
     plot: Callable[[list[Record]], Figure] | None
+    plot_beside: Callable[[list[Record], Times], Figure] | None
     example: Mapping[str, Any]
     _needs: Needs | Callable[[Any], Needs]
     _group: Callable[[Any], str] | None
@@ -172,6 +176,13 @@ class Method:
 
     def needs(self, params: Contract) -> Needs:
         return self._needs(params) if callable(self._needs) else self._needs
+
+    def drawn(self, times: Times | None = None) -> Callable[[list[Record]], Figure] | None:
+        """What draws records of this method, beside other tools' times if given; None where nothing does."""
+        draw = self.plot_beside
+        if times is None or draw is None:
+            return self.plot if times is None else None
+        return lambda records: draw(records, times)
 
     def group(self, params: Contract) -> str:
         """Jobs whose answer differs are never given to one `run_many` call."""
@@ -196,6 +207,7 @@ class Method:
             run=module.run,
             run_many=getattr(module, "run_many", None),
             plot=getattr(module, "plot", None),
+            plot_beside=getattr(module, "plot_beside", None),
             example=module.EXAMPLE,
             _needs=getattr(module, "needs", None) or getattr(module, "NEEDS", None) or Needs(),
             _group=getattr(module, "group", None),

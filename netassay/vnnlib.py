@@ -1,4 +1,4 @@
-"""VNN-LIB 1 properties: which inputs and outputs of a network are unsafe, as boxes and linear constraints.
+"""VNN-LIB properties: which inputs and outputs of a network are unsafe, as boxes and linear constraints.
 
     (declare-const X_0 Real)  (declare-const Y_0 Real)  (declare-const Y_1 Real)
     (assert (>= X_0 -0.5))    (assert (<= X_0 0.5))
@@ -14,30 +14,47 @@ one case for each box, with all conjunctions over that box. Terms are linear: nu
 by a number; comparisons are `<=`, `>=` and `=`. Capital and small letters are not told apart. Commands that ask a
 solver for something (`check-sat`, `set-logic`, ...) are passed over.
 
+That is version 1 of the format. A text that begins with a `vnnlib-version` is of version 2,
+
+    (vnnlib-version <2.0>)
+    (declare-network f (declare-input X float32 [1,1]) (declare-output Y float32 [1,2]))
+    (assert (<= X[0,0] 0.5)) (assert (>= X[0,0] -0.5))
+    (assert (or (<= Y[0,0] Y[0,1]) (>= Y[0,0] 3.0)))
+
+whose grammar and types the package `vnnlib` checks; of one network with one input and one output of type `real` or
+`float32` it describes the same sets, and becomes the same `Property`. Its equality is `==`, its numbers have no
+exponent, and those compared with real or floating variables need a point (`3.0`). They are taken as written for both
+types, and arithmetic between them as exact: no constant is rounded to float32 first.
+
 All numbers are kept exactly as they are written, as fractions: a decimal such as 0.679857769 is no float. Who bounds a
 network rounds the box outward (`Case.outward`), who looks for a counterexample rounds it inward (`Case.inward`), so
 neither a proof nor a counterexample depends on the rounding of a decimal.
 
 Beyond this page, and refused with a reason: a constraint between inputs, or between inputs and outputs; products of
-variables; `not`, `=>` and strict comparisons; version 2 of the format.
+variables; `not`, `=>`, `!=` and strict comparisons; several networks, several inputs or outputs, hidden nodes and other
+types in version 2.
 
-Reference: Guidotti, Demarchi, Tacchella, Pulina. The Verification of Neural Networks Library (VNN-LIB). 2023.
+References:
+Guidotti, Demarchi, Tacchella, Pulina. The Verification of Neural Networks Library (VNN-LIB). 2023.
+Version 2: the VNN-LIB standard, https://www.vnnlib.org. 2025.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from netassay import files
-from netassay.heavy import np
+from netassay.heavy import np, vnnlib_2
 from netassay.method import InvalidInput, NotApplicable
 from netassay.store import artifacts
 
@@ -46,6 +63,9 @@ if TYPE_CHECKING:
 
 #: Bytes of text that are read. The largest of the competition's files (inputs of 224 x 224 x 3) hold some 12 MB.
 LIMIT = 32 * 2**20
+#: Words held in memory at once: of one form in version 1, of the whole text in version 2, which is parsed as one.
+#: An input of 224 x 224 x 3 needs 1.5 million in version 2. A word takes up to half a kilobyte.
+WORDS = 2_000_000
 #: Parentheses within one another.
 DEPTH = 100
 #: Conjunctions of the disjunctive form, and the constraints in all of them: `and` over many `or` multiplies them.
@@ -62,6 +82,19 @@ _PASSED_OVER = frozenset({"check-sat", "exit", "get-model", "get-value", "set-in
 _VERSION_2 = frozenset(
     {"declare-hidden", "declare-input", "declare-network", "declare-output", "vnnlib-version", "vnnlib_version"}
 )
+_IS_VERSION_2 = re.compile(r"(?:\s++|;[^\n]*+)*+\(\s*+vnnlib-version", re.IGNORECASE)
+_TOKEN_2 = re.compile(
+    r'(?P<space>[ \t\r\n\f\v]+|;[^\n]*)|(?P<bracket>[()\[\]])|(?P<comma>,)|(?P<text>"(?:[^"\\\n]|\\.)*")'
+    r"|(?P<word>[A-Za-z0-9_.<>=!+*/-]+)|(?P<odd>.)",
+    re.DOTALL,
+)
+_REAL_2 = re.compile(r"(\(declare-(?:input|hidden|output)\s++\w++\s++)Real\b")
+_NUMBER_2 = re.compile(r"^-?(\d+)(\.\d+)?$")
+#: What the parser of version 2 calls its nodes, in the words of version 1.
+_HEADS_2 = {
+    "And": "and", "Or": "or", "LessEqual": "<=", "GreaterEqual": ">=", "Equal": "=", "LessThan": "<",
+    "GreaterThan": ">", "NotEqual": "!=", "Plus": "+", "Minus": "-", "Negate": "-", "Multiply": "*",
+}  # fmt: skip
 
 
 class PropertyError(InvalidInput, ValueError):
@@ -178,16 +211,21 @@ def from_file(path: Path) -> bytes:
 def check(data: bytes) -> None:
     """Raise the PropertyError that reading these bytes would end in, if any.
 
-    A property that is well written but unsupported passes: that is an answer for a job to give, not a mistake.
+    A property that is well written but unsupported passes: that is an answer for a job to give, not a mistake. So does
+    one of version 2 where nothing is installed that parses it: who submits need not be able to compute.
     """
     try:
         parse(data)
-    except UnsupportedProperty:
+    except (UnsupportedProperty, ModuleNotFoundError):
         return
 
 
 def parse(data: bytes | str) -> Property:
-    """The property of a VNN-LIB 1 text. Raises PropertyError with line and column, UnsupportedProperty."""
+    """The property of a VNN-LIB text of version 1 or 2.
+
+    Raises PropertyError with the line, UnsupportedProperty, and ModuleNotFoundError for a text of version 2 where the
+    package that parses it is not installed.
+    """
     if len(data) > LIMIT:
         raise PropertyError("the property is too large", f"it holds {len(data):,} bytes, {LIMIT:,} are read")
     if isinstance(data, bytes):
@@ -196,6 +234,8 @@ def parse(data: bytes | str) -> Property:
         except UnicodeDecodeError as error:
             why = f"byte {error.start} is not UTF-8"
             raise PropertyError("the property is not text", why, "a .vnnlib file") from None
+    if _IS_VERSION_2.match(data):
+        return _Reader2(data).property()
     return _Reader(data).property()
 
 
@@ -240,6 +280,10 @@ def _narrowed(
 
 
 class _Reader:
+    """A text of version 1."""
+
+    version = 1
+
     def __init__(self, text: str) -> None:
         self.text = text
         self.declared: dict[str, int] = {}
@@ -253,7 +297,10 @@ class _Reader:
             raise PropertyError(
                 "the text declares no variables", "a property declares X_0, ... and Y_0, ...", "is it a .vnnlib file?"
             )
-        inputs, outputs = self._count("x", "input"), self._count("y", "output")
+        return self._property(self._count("x", "input"), self._count("y", "output"))
+
+    def _property(self, inputs: int, outputs: int) -> Property:
+        """What is asserted, in disjunctive form."""
         cases: dict[tuple[tuple[Fraction, ...], tuple[Fraction, ...]], dict[Conjunction, None]] = {}
         ends: dict[int, tuple[tuple[Fraction, ...], tuple[Fraction, ...]] | None] = {}
         empty = ""
@@ -285,6 +332,7 @@ class _Reader:
     def _forms(self) -> Iterator[_Node]:
         """The forms at the top level, one by one."""
         open_: list[_Node] = []
+        words = 0
         for match in _TOKEN.finditer(self.text):
             kind, at, word = match.lastgroup, match.start(), match.group()
             if kind == "space":
@@ -302,6 +350,9 @@ class _Reader:
                 node = open_.pop()
             else:
                 node = _Node(at, word.lower())
+                words += 1
+                if words > WORDS:
+                    raise self._wrong(open_[0].at, f"the form has more than {WORDS:,} words", "split it into several")
             if open_:
                 parts = open_[-1].parts
                 assert parts is not None
@@ -310,6 +361,7 @@ class _Reader:
                 raise self._wrong(at, f"{_short(word)} stands outside of all parentheses", "is it a .vnnlib file?")
             else:
                 yield node
+                words = 0
         if open_:
             raise self._wrong(open_[0].at, "this parenthesis is never closed", "is the file complete?")
 
@@ -318,7 +370,7 @@ class _Reader:
         return f"line {line}, column {at - self.text.rfind(chr(10), 0, at)}"
 
     def _wrong(self, at: int, why: str, what_to_try: str = "") -> PropertyError:
-        return PropertyError(f"not a VNN-LIB 1 property, {self._place(at)}", why, what_to_try)
+        return PropertyError(f"not a VNN-LIB {self.version} property, {self._place(at)}", why, what_to_try)
 
     def _unsupported(self, at: int, why: str, what_to_try: str = "") -> UnsupportedProperty:
         return UnsupportedProperty(
@@ -330,10 +382,8 @@ class _Reader:
     def _command(self, form: _Node) -> None:
         head, rest = self._head(form)
         if head in _VERSION_2:
-            raise UnsupportedProperty(
-                f"the property is written in version 2 of VNN-LIB ({head}, {self._place(form.at)})",
-                "only version 1 is read yet",
-                "the same property in version 1: (declare-const X_0 Real) ...",
+            raise self._wrong(
+                form.at, f"{head} is of version 2 of the format", "(vnnlib-version <2.0>) before everything else"
             )
         if head == "declare-const":
             self._declare(form, rest)
@@ -388,8 +438,10 @@ class _Reader:
         if head == "and":
             return self._product([self._formula(part) for part in rest], node.at)
         if head == "or":
-            terms = [term for part in rest for term in self._formula(part)]
-            self._counted(len(terms), 0, node.at)
+            terms: list[_Term] = []
+            for part in rest:
+                terms += self._formula(part)
+                self._counted(len(terms), 0, node.at)
             return terms
         if head in ("<=", ">=", "="):
             if len(rest) != 2:
@@ -403,7 +455,7 @@ class _Reader:
                 left, right = right, left
             terms = self._at_most(left, right, node.at)
             return terms if head != "=" else self._product([terms, self._at_most(right, left, node.at)], node.at)
-        if head in ("not", "=>", "xor", "ite", "<", ">", "distinct", "let", "forall", "exists"):
+        if head in ("not", "=>", "xor", "ite", "<", ">", "!=", "distinct", "let", "forall", "exists"):
             raise self._unsupported(node.at, f"{head} is not read", "and, or, <=, >=, =")
         raise self._wrong(node.at, f"{_short(head)} is not a formula", "(<= X_0 1), (and ...) or (or ...)")
 
@@ -475,20 +527,25 @@ class _Reader:
         for place in range(inputs):
             for end in ("lower", "upper"):
                 if (place, end) not in term.bounds:
+                    name = self._input(place)
                     raise PropertyError(
-                        f"input X_{place} has no {end} bound",
+                        f"input {name} has no {end} bound",
                         "bounds of a network need a box of inputs",
-                        f"(assert ({'>=' if end == 'lower' else '<='} X_{place} ...))",
+                        f"(assert ({'>=' if end == 'lower' else '<='} {name} ...))",
                     )
         for place in range(inputs):
             (low, first), (high, second) = term.bounds[place, "lower"], term.bounds[place, "upper"]
             if low > high:
                 return None, (
-                    f"X_{place} is at least {float(low):.9g} ({self._place(first)}) and at most {float(high):.9g} "
-                    f"({self._place(second)})"
+                    f"{self._input(place)} is at least {float(low):.9g} ({self._place(first)}) "
+                    f"and at most {float(high):.9g} ({self._place(second)})"
                 )
         lower, upper = (tuple(term.bounds[i, end][0] for i in range(inputs)) for end in ("lower", "upper"))
         return (lower, upper), ""
+
+    def _input(self, place: int) -> str:
+        """What the text calls an input."""
+        return f"X_{place}"
 
     # Terms.
 
@@ -500,18 +557,21 @@ class _Reader:
             raise self._wrong(node.at, f"{_short(head)} is not a term", "numbers, variables, +, -, * and /")
         if not rest:
             raise self._wrong(node.at, f"{head} of nothing")
-        terms = [self._linear(part) for part in rest]
+        # One by one: a sum may have a million terms.
+        terms = (self._linear(part) for part in rest)
         if head == "+":
             return self._sum(terms, node.at)
+        first = next(terms)
         if head == "-":
-            minus = [_times(term, Fraction(-1)) for term in terms[1:]]
-            return self._sum([terms[0], *minus], node.at) if minus else _times(terms[0], Fraction(-1))
-        return self._scaled(head, terms, node.at)
+            minus = Fraction(-1)
+            if len(rest) == 1:
+                return _times(first, minus)
+            return self._sum(itertools.chain([first], (_times(term, minus) for term in terms)), node.at)
+        return self._scaled(head, first, terms, node.at)
 
-    def _scaled(self, head: str, terms: list[_Linear], at: int) -> _Linear:
+    def _scaled(self, head: str, product: _Linear, terms: Iterable[_Linear], at: int) -> _Linear:
         """A product with at most one factor that is not a number, or a quotient by numbers."""
-        product = terms[0]
-        for term in terms[1:]:
+        for term in terms:
             if head == "/" or set(term) <= {""}:
                 factor = term.get("", Fraction(0))
                 if not set(term) <= {""}:
@@ -526,7 +586,7 @@ class _Reader:
             self._short_enough(product, at)
         return product
 
-    def _sum(self, terms: Sequence[_Linear], at: int) -> _Linear:
+    def _sum(self, terms: Iterable[_Linear], at: int) -> _Linear:
         total: _Linear = {}
         for term in terms:
             for name, value in term.items():
@@ -556,6 +616,151 @@ class _Reader:
         if len(node.word) > _DIGITS or abs(int(match[3] or 0)) > 2 * _EXPONENT:
             raise self._wrong(node.at, f"the number {_short(node.word)} has too many digits")
         return Fraction(node.word)
+
+
+class _Reader2(_Reader):
+    """A text of version 2: parsed and checked by the package, read from its tree in the words of version 1.
+
+    The tree has lines and no columns, so places are lines here.
+    """
+
+    version = 2
+
+    def property(self) -> Property:
+        self._guard()
+        query = self._parsed()
+        if len(query.networks) != 1:
+            raise self._beyond(f"it declares {len(query.networks)} networks", "one network")
+        (network,) = query.networks
+        for what, found in (("hidden node", network.hidden), ("input", network.inputs), ("output", network.outputs)):
+            if len(found) != (what != "hidden node"):
+                names = ", ".join(tensor.name for tensor in found[:5])
+                raise self._beyond(f"it declares {len(found)} {what}s: {names}", "one input and one output")
+        self.shapes: dict[str, tuple[str, list[int]]] = {}
+        for letter, (tensor,) in (("x", network.inputs), ("y", network.outputs)):
+            if tensor.dtype.name not in ("Real", "F32"):
+                raise self._beyond(f"{tensor.name} is of another type than real and float32", "real or float32")
+            self.shapes[letter] = tensor.name, tensor.shape
+            if math.prod(tensor.shape) > 10**8:
+                raise PropertyError(
+                    f"{tensor.name} is too large", f"it is declared with {math.prod(tensor.shape):,} values"
+                )
+        for assertion in query.assertions:
+            self.asserted.append(self._formula(self._node(assertion.expr)))
+        return self._property(*(math.prod(shape) for _, shape in self.shapes.values()))
+
+    def _beyond(self, why: str, what_to_try: str) -> UnsupportedProperty:
+        return UnsupportedProperty("the property is no union of boxes and linear output constraints", why, what_to_try)
+
+    def _guard(self) -> None:
+        """Refuse what the parser does not survive, or reads as something else than is written.
+
+        It recurses on the stack, ends the text at a NUL, and takes the whole part of a number for an index.
+        """
+        depth, line, words, square = 0, 1, 0, False
+        for match in _TOKEN_2.finditer(self.text):
+            kind, word = match.lastgroup, match.group()
+            if "\0" in word or kind == "odd":
+                raise self._wrong(line, f"unexpected character {word[word.find(chr(0))]!r}")
+            if kind == "space":
+                line += word.count("\n")
+            elif word in "([":
+                depth, square = depth + 1, word == "["
+                if depth > DEPTH:
+                    raise self._wrong(line, f"parentheses are nested more than {DEPTH} deep", "flatten the formula")
+            elif word in ")]":
+                depth, square = depth - 1, False
+            elif kind == "word":
+                words += 1
+                if words > WORDS:
+                    raise self._wrong(line, f"the text has more than {WORDS:,} words", "split it into several files")
+                self._guard_number(word, square, line)
+
+    def _guard_number(self, word: str, square: bool, line: int) -> None:
+        match = _NUMBER_2.match(word)
+        if square and (match is None or match[2] or word[0] == "-"):
+            raise self._wrong(line, f"{_short(word)} is no dimension and no index", "0, 1, 2, ...")
+        if match is not None and (len(word) > _DIGITS or len(match[1]) > (_EXPONENT if match[2] else 18)):
+            raise self._wrong(line, f"the number {_short(word)} has too many digits")
+
+    def _parsed(self) -> Any:
+        try:
+            parse_ = vnnlib_2.parse_query_string
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "properties in version 2 of VNN-LIB are read by the package vnnlib, which is not installed here; try: "
+                "pip install 'vnnlib>=1.0.2', or write the property in version 1",
+                name=error.name,
+            ) from None
+        try:
+            # Beyond ASCII there are comments only, which it drops. The standard's own examples write Real for its real.
+            return parse_(_REAL_2.sub(r"\1real", self.text.encode("ascii", "replace").decode()))
+        except vnnlib_2.VNNLibException as error:
+            raise self._told(str(error)) from None
+        except (IndexError, ValueError) as error:
+            why = f"a number is too large or too small ({error})"
+            raise PropertyError("not a VNN-LIB 2 property", why, "numbers that float64 has") from None
+
+    def _told(self, said: str) -> PropertyError:
+        """The first of its complaints, which are a line of text or a list in JSON."""
+        try:
+            # Only this one is decoded: there may be one a word.
+            first, _ = json.JSONDecoder().raw_decode(said, said.index("{", said.index('"errors"')))
+            line, symbol = int(first["line"]), first["offendingSymbol"]
+            why = f"{first['message'][:1].lower()}{first['message'][1:]}, {_short(symbol)}: {first['hint']}"
+        except (ValueError, LookupError, TypeError):
+            place = re.search(r"line \d+", said)  # its columns do not count alike on all lines
+            why = re.sub(r" at line \d+, column \d+", "", said.removeprefix("Parse error: "))[:200]
+            return PropertyError(
+                f"not a VNN-LIB 2 property{f', {place[0]}' if place else ''}",
+                why.replace(": ''", " at the end of the text"),
+                "numbers without an exponent, such as 0.001" if re.search(r": '[eE]\d*'$", why) else "",
+            )
+        return self._wrong(line, why, f"{symbol}.0" if re.fullmatch(r"-?\d+", symbol) else "")
+
+    def _node(self, tree: Any) -> _Node:
+        """A tree of the package as a node of version 1: X[0,2] is the word x_2 and a number what is written."""
+        kind = type(tree).__name__
+        if kind == "Var":
+            return _Node(tree.line, self._place_of(tree))
+        if kind in ("Float", "Int", "Literal"):
+            return _Node(tree.line, tree.lexeme)
+        if kind not in _HEADS_2:
+            raise self._beyond(f"{kind} is not read", "and, or, <=, >=, ==, +, -, *")
+        parts = [self._node(part) for part in _parts(tree, kind)]
+        at = parts[0].at if parts else 0
+        return _Node(at, parts=[_Node(at, _HEADS_2[kind]), *parts])
+
+    def _place_of(self, variable: Any) -> str:
+        letter = "x" if variable.kind.name == "Input" else "y"
+        place = 0
+        for index, size in zip(variable.indices, self.shapes[letter][1], strict=True):
+            if not 0 <= index < size:
+                raise self._wrong(variable.line, f"an index of {variable.name} is outside of its shape")
+            place = place * size + index
+        return f"{letter}_{place}"
+
+    def _is_variable(self, node: _Node) -> bool:
+        return node.word.startswith(("x_", "y_"))
+
+    def _place(self, at: int) -> str:
+        return f"line {max(at, 1)}"
+
+    def _input(self, place: int) -> str:
+        name, shape = self.shapes["x"]
+        indices: list[int] = []
+        for size in reversed(shape):
+            place, index = divmod(place, size)
+            indices.insert(0, index)
+        return f"{name}[{','.join(map(str, indices))}]" if shape else name
+
+
+def _parts(tree: Any, kind: str) -> Iterable[Any]:
+    if kind == "Negate":
+        return (tree.expr,)
+    if kind == "Minus":
+        return (tree.head, *tree.rest)
+    return tree.args if kind in ("And", "Or", "Plus", "Multiply") else (tree.lhs, tree.rhs)
 
 
 def _times(term: _Linear, factor: Fraction) -> _Linear:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 import warnings
@@ -167,22 +168,25 @@ class Batch:
         with _store(self.settings) as database:
             control.set_weight(database, self.name, weight)
 
-    def plot(self, method: str = "") -> Drawing:
+    def plot(self, method: str = "", beside: str | os.PathLike[str] | None = None) -> Drawing:
         """The figure of its method, which shows itself in a notebook and has `save(path)`.
 
-        method: which one, where several of its methods draw. Raises NothingToDraw, and BrokenMethod or UnknownMethod
-        for a method that this process has not got.
+        method: which one, where several of its methods draw. beside: a CSV file of other tools' times on the same
+        instances, to be shown beside (`netassay.beside`). Raises NothingToDraw, BrokenMethod or UnknownMethod for a
+        method that this process has not got, and UserError for a file of times that cannot be read.
         """
+        from netassay import beside as others
         from netassay import catalogue
         from netassay.job import BUILDER
         from netassay.store import reading
         from producer.notebook import Drawing
 
+        times = None if beside is None else others.read(beside)
         found: dict[str, list[Record]] = {}
         with _store(self.settings) as database, _laboratory(self.settings):
             for record in reading.records(database, self.name):
                 found.setdefault(record.method, []).append(record)
-            plots = {name: catalogue.get(name).plot for name in ([method] if method in found else found)}
+            plots = {name: catalogue.get(name).drawn(times) for name in ([method] if method in found else found)}
             drawable = {name: plot for name, plot in plots.items() if plot is not None}
             if method:
                 drawable = {name: plot for name, plot in drawable.items() if name == method}
@@ -192,6 +196,8 @@ class Batch:
                 what = (
                     f"{method} draws no figure in batch {self.name}" if method else f"batch {self.name} has no figure"
                 )
+                if times is not None:
+                    what += " beside other tools' times"
                 raise NothingToDraw(f"{what}; its methods are: {', '.join(found) or 'none'}")
             if len(drawable) > 1:
                 raise NothingToDraw(

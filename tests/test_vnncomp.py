@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ pytest.importorskip("torch")
 
 import onnxruntime
 from labs import Lab, a_lab
+from sqlalchemy import text
 
 from netassay.errors import UserError
 from netassay.job import Record
@@ -58,7 +60,7 @@ def category(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / "vnnlib" / f"{name}.vnnlib{'.gz' if packed else ''}"
         data = f"{text}(assert {unsafe})".encode()
         path.write_bytes(gzip.compress(data) if packed else data)
-    lines = [f"onnx/absolute.onnx,vnnlib/{name}.vnnlib,30\n" for name in PROPERTIES]
+    lines = [f"onnx/absolute.onnx,vnnlib/{name}.vnnlib,{30 + place}\n" for place, name in enumerate(PROPERTIES)]
     (folder / "instances.csv").write_text("".join(lines))
     return folder
 
@@ -111,6 +113,54 @@ def test_a_category_becomes_the_competitions_results(lab: Lab, category: Path, t
     (tmp_path / "out" / "absolute" / "old_prop.counterexample.gz").write_bytes(b"")
     cli(lab, "results", "absolute", "--vnncomp", str(tmp_path / "out"))
     assert {file: file.read_bytes() for file in (tmp_path / "out" / "absolute").iterdir()} == before
+
+
+def test_each_instance_has_the_time_that_its_line_gives_it(lab: Lab, tmp_path: Path) -> None:
+    """A folder as the competition packs it: everything in gzip, and one instance that takes longer than it may."""
+    numbers = np.random.default_rng(0)
+    widths = [8, 50, 50, 50, 50, 1]
+    nodes: list[Dense | Relu] = []
+    for place, (n, m) in enumerate(itertools.pairwise(widths)):
+        weight = numbers.normal(size=(m, n)) * np.sqrt(2 / n)
+        nodes.append(Dense(f"d{place}", "x" if not place else f"h{place}", f"z{place}", (m,), weight, np.zeros(m)))
+        if m > 1:
+            nodes.append(Relu(f"r{place}", f"z{place}", f"h{place + 1}", (m,)))
+    graph = Graph(tuple(nodes), "x", f"z{len(widths) - 2}", (8,), (1,))
+    (tmp_path / "hard.onnx.gz").write_bytes(gzip.compress(onnx_file.write(graph, "hard")))
+    box = "".join(f"(declare-const X_{i} Real)(assert (>= X_{i} -1))(assert (<= X_{i} 1))" for i in range(8))
+    session = onnxruntime.InferenceSession(onnx_file.write(graph, "hard"))
+    points = numbers.uniform(-1, 1, size=(10_000, 8)).astype(np.float32)
+    most = max(float(session.run(None, {session.get_inputs()[0].name: point[None]})[0].max()) for point in points)
+    for name, above in (("near", 2.0), ("far", 1e6)):  # beyond what is reached, and far beyond what bounds allow
+        asked = f"{box}(declare-const Y_0 Real)(assert (>= Y_0 {above * most:.6f}))"
+        (tmp_path / f"{name}.vnnlib.gz").write_bytes(gzip.compress(asked.encode()))
+    (tmp_path / "instances.csv").write_text("hard.onnx,near.vnnlib,0.5\nhard.onnx,far.vnnlib,47.5\n")
+    cli(lab, "submit", str(tmp_path), "--name", "limited")
+    cli(lab, "wait", "limited", code=1)
+    with lab.database.engine.connect() as connection:
+        limits = connection.execute(
+            text("SELECT start, time_limit FROM segment WHERE batch_id = (SELECT id FROM batch WHERE name = 'limited')")
+        ).all()
+    assert sorted(limits) == [(0, 0.5), (1, 47.5)]
+    said = cli(lab, "results", "limited", "--vnncomp", str(tmp_path / "out")).stdout
+    assert "1 timeout" in said
+    with open(tmp_path / "out" / "results.csv", newline="") as stream:
+        found = {Path(line[2]).name.partition(".")[0]: line[4] for line in csv.reader(stream)}
+    assert found == {"near": "timeout", "far": "unsat"}
+
+
+def test_a_batch_is_drawn_beside_other_tools(lab: Lab, category: Path, tmp_path: Path) -> None:
+    cli(lab, "submit", str(category), "--name", "absolute")
+    cli(lab, "wait", "absolute")
+    lines = [
+        f"absolute.onnx,{name}.vnnlib,{said}:{place}.5\n" for place, (name, (_, said)) in enumerate(PROPERTIES.items())
+    ]
+    (tmp_path / "times.csv").write_text("onnx,vnnlib,some tool\n" + "".join(lines))
+    cli(lab, "plot", "absolute", "--beside", str(tmp_path / "times.csv"), "--out", str(tmp_path / "figure.svg"))
+    assert "some tool" in (tmp_path / "figure.svg").read_text()
+    (tmp_path / "times.csv").write_text("onnx,vnnlib,some tool\nf.onnx,p.vnnlib,unsat:x\nf.onnx,q.vnnlib,1\n")
+    said = cli(lab, "plot", "absolute", "--beside", str(tmp_path / "times.csv"), code=2).stderr
+    assert "line 2, column 'some tool'" in said
 
 
 def test_what_is_no_question_is_refused_and_options_that_contradict_too(lab: Lab, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import math
 import random
+import re
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from netassay import files, vnnlib
 from netassay.fields import ReferenceTo
+from netassay.heavy import LazyModule
 from netassay.method import InvalidInput, NotApplicable
 from netassay.networks import onnx_file
 from netassay.store import artifacts
@@ -241,6 +245,8 @@ def test_a_violation_is_exact_where_floats_are_not() -> None:
         ("(declare-const W_0 Real)", "line 5, column 16", "neither an input X_i nor an output Y_j"),
         ("(declare-const Y_2 Int)", "line 5, column 20", "only Real is known"),
         ("(prove (<= Y_0 1))", "line 5, column 1", "'prove' is not known"),
+        ("(vnnlib-version <2.0>)", "line 5, column 1", "vnnlib-version is of version 2 of the format"),
+        ("(declare-network f (declare-input X real [5]))", "line 5, column 1", "declare-network is of version 2"),
         ("hello", "line 5, column 1", "outside of all parentheses"),
         ('(assert (<= Y_0 "1))', "line 5, column 17", "unexpected character"),
         (f"(assert (<= Y_0 (* {'1e300 ' * 300})))", "line 5, column 17", "thousands of digits"),
@@ -287,8 +293,6 @@ def test_an_incomplete_or_contradictory_property_says_what_is_missing(text: str 
         ("(assert (<= (/ 1 Y_0) 1))", "division by a variable"),
         ("(assert (< Y_0 1))", "< is not read"),
         ("(assert (not (<= Y_0 1)))", "not is not read"),
-        ("(vnnlib-version <2.0>)", "version 2 of VNN-LIB.*only version 1 is read yet"),
-        ("(declare-network acc (declare-input X float32 [1, 5]))", "version 2 of VNN-LIB"),
     ],
 )
 def test_what_is_well_written_but_beyond_the_bounds_is_not_applicable(text: str, expected: str) -> None:
@@ -305,6 +309,15 @@ def test_products_of_disjunctions_are_bounded_and_refused_quickly() -> None:
     with pytest.raises(UnsupportedProperty, match="more than 100,000 cases"):
         parse(many)
     assert time.perf_counter() - began < 10
+
+
+def test_one_form_of_millions_of_words_is_refused_before_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vnnlib, "WORDS", 1000)
+    parse("(assert (<= (+" + " Y_0" * 996 + ") 1))")
+    with pytest.raises(PropertyError, match=r"line 5, column 1: the form has more than 1,000 words"):
+        parse("(assert (<= (+" + " Y_0" * 1000 + ") 1))")
+    # Words of forms before do not count: they are gone.
+    parse("(assert (<= Y_0 1))" * 400)
 
 
 def test_a_thousand_boxes_with_hundreds_of_inputs_are_read() -> None:
@@ -336,6 +349,224 @@ def test_a_file_of_a_gigabyte_and_a_gzip_bomb_are_refused_by_size(tmp_path: Path
         with pytest.raises(PropertyError, match=f"{verb} more than 32 MiB"):
             vnnlib.from_file(tmp_path / name)
         assert time.perf_counter() - began < 5
+
+
+# --- version 2 --------------------------------------------------------------------------------------------------------
+
+version_2 = pytest.mark.skipif(importlib.util.find_spec("vnnlib") is None, reason="the package vnnlib is not installed")
+
+
+def network(inputs: str = "[1,1]", outputs: str = "[1,2]", kind: str = "float32") -> str:
+    declared = f"(declare-input X {kind} {inputs})\n (declare-output Y {kind} {outputs}))\n"
+    return f"(vnnlib-version <2.0>)\n(declare-network f\n {declared}"
+
+
+def second(text: str, bounds: str = "(assert (>= X[0,0] 0.0)) (assert (<= X[0,0] 1.0))\n") -> Property:
+    return vnnlib.parse(network() + bounds + text)
+
+
+def translated(text: str) -> str:
+    """Formulas of version 1 over X_i and Y_j in version 2, over tensors of shape (1, n)."""
+    text = re.sub(r"\b([XY])_(\d+)", r"\1[0,\2]", text).replace("(= ", "(== ")
+    return re.sub(r"(?<=[ (])-?\d+(?=[ )])", lambda number: f"{number[0]}.0", text)
+
+
+@version_2
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(assert (<= Y_0 Y_1))",
+        "(assert (or (and (<= Y_0 1) (<= Y_1 2)) (>= Y_0 3)))",
+        "(assert (and (or (<= Y_0 1) (<= Y_1 2)) (>= Y_0 3)))",
+        "(assert (= Y_0 -0.1))",
+        "(assert (<= (+ Y_0 (* 2 Y_1) 3) 5))",
+        "(assert (<= (- Y_0 Y_1 1) (- 5)))",
+        "(assert (>= (- Y_0) 0.25))",
+        "(assert (<= (* -0.5 (+ Y_0 1) 4) 0))",
+        "(assert (or (and (<= X_0 0.25) (<= Y_0 1)) (and (>= X_0 0.75) (<= Y_1 -1))))",
+        "(assert (<= (* 2 X_0) 0.679857769)) (assert (<= Y_0 3.991125645861615))",
+    ],
+)
+def test_the_same_in_version_1_and_in_version_2_is_one_property(text: str) -> None:
+    assert second(translated(text)) == parse(text)
+
+
+@version_2
+def test_random_formulas_are_the_same_property_in_both_versions() -> None:
+    draw, same = random.Random(1), 0
+    for _ in range(200):
+        text, _ = _formula(draw, 3)
+        box = "".join(f"(assert (>= X_{i} -1)) (assert (<= X_{i} 1))" for i in (0, 1))
+        body = box + f"(assert (<= Y_0 9)) (assert {text})"
+        try:
+            first = vnnlib.parse(declared(2, 2) + body)
+        except PropertyError:  # no input meets it
+            with pytest.raises(PropertyError, match="no input meets"):
+                vnnlib.parse(network("[1,2]") + translated(body))
+            continue
+        assert vnnlib.parse(network("[1,2]") + translated(body)) == first, text
+        same += 1
+    assert same > 100
+
+
+@version_2
+def test_tensors_are_flattened_in_row_major_order_and_a_tensor_without_dimensions_is_one_number() -> None:
+    places = [(i, j, k) for i in range(2) for j in range(3) for k in range(2)]
+    bounds = "".join(
+        f"(assert (and (>= X[{i},{j},{k}] {number}.0) (<= X[{i},{j},{k}] {number}.5)))"
+        for number, (i, j, k) in enumerate(places)
+    )
+    found = vnnlib.parse(
+        network("[2,3,2]", "[]", kind="real") + bounds + "(assert (<= Y 0.1)) ; the end, without a line"
+    )
+    assert (found.inputs, found.outputs) == (12, 1)
+    assert found.cases[0].lower == tuple(map(Fraction, range(12)))
+    assert found.cases[0].unsafe == ((at_most("0.1", Y0=1),),)
+
+
+@version_2
+def test_the_numbers_of_version_2_are_exact() -> None:
+    digits = "0.1000000000000000055511151231257827021181583404541015624"
+    found = second(f"(assert (<= (* 3.0 Y[0,0]) {digits})) (assert (>= Y[0,1] -{digits}))")
+    assert Fraction(digits) != Fraction(float(digits))
+    bound = Fraction(digits)
+    assert [one.bound for one in found.cases[0].unsafe[0]] == [bound, bound]
+    # The names of tensors are anybody's, a Real is a real, and letters outside of ASCII may stand in a comment.
+    other = network().replace("X", "image").replace("Y float32", "label_2 Real") + "; \u00e9 \u4e2d\n"
+    body = "(assert (>= image[0,0] 0.0)) (assert (<= image[0,0] 1.0)) (assert (<= label_2[0,1] 0.5))"
+    assert vnnlib.parse(other + body) == second("(assert (<= Y[0,1] 0.5))")
+
+
+@version_2
+@pytest.mark.parametrize(
+    "text, place, why",
+    [
+        ("(assert (<= Z[0,0] 1.0))", "line 6", "undeclared variable, 'Z'"),
+        ("(assert (<= y[0,0] 1.0))", "line 6", "undeclared variable, 'y'"),
+        ("(assert\n (<= Y[0,7] 1.0))", "line 7", "Index 7 is out of bounds for dimension 1 with size 2"),
+        ("(assert (<= Y[0] 1.0))", "line 6", "Expected 2 indices but encountered 1"),
+        ("(assert (<= Y[-1,0] 1.0))", "line 6", "'-1' is no dimension and no index"),
+        ("(assert (<= Y[0.5,0] 1.0))", "line 6", "'0.5' is no dimension and no index"),
+        ("(assert (<= Y[0,99999999999999999999] 1.0))", "line 6", "has too many digits"),
+        ("(assert (<= Y[0,0] 1))", "line 6", "type mismatch"),
+        ("(assert (<= Y[0,0] nan))", "line 6", "undeclared variable, 'nan'"),
+        ("(assert (<= Y[0,0] 1e999999999999))", "line 6:", "syntax error: 'e999999999999'"),
+        (f"(assert (<= Y[0,0] {'9' * 350}.0))", "line 6", "has too many digits"),
+        (f"(assert (<= Y[0,0] 0.{'0' * 330}1))", "", "a number is too large or too small"),
+        ("(assert (<= Y[0,0] 1.0)", "line 6", "syntax error at the end of the text"),
+        ("(assert (<= Y[0,0] 1.0)))", "line 6", "syntax error: ')'"),
+        ("(assert (not (<= Y[0,0] 1.0)))", "line 6", "syntax error: 'not'"),
+        ("(assert (<= Y[0,0] 1.0)) ; \0 (assert", "line 6", "unexpected character"),
+        ("(assert (<= \u00e9 1.0))", "line 6", "unexpected character"),
+        (
+            "(assert (<= X[0,0] -0.5)) (assert (<= Y[0,0] 1.0))",
+            "at most -0.5 (line 6)",
+            "X[0,0] is at least 0 (line 5)",
+        ),
+        ("", "", "every input of its box would be a counterexample"),
+    ],
+)
+def test_a_mistake_in_version_2_is_told_with_its_line(text: str, place: str, why: str) -> None:
+    with pytest.raises(PropertyError) as caught:
+        second(text)
+    assert place in str(caught.value)
+    assert why in caught.value.why
+
+
+@version_2
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            network() + "(assert (<= X[0,0] 1.0)) (assert (<= Y[0,0] 1.0))",
+            r"input X\[0,0\] has no lower bound.*>= X\[0,0\]",
+        ),
+        (network("[10000,100000]") + "(assert (<= X[0,0] 1.0))", "X is too large: it is declared with 1,000,000,000"),
+        (network("[1,0]") + "(assert (<= Y[0,0] 1.0))", "Dimensions must be positive"),
+        (network("[1.5]") + "(assert (<= Y[0,0] 1.0))", "line 3: '1.5' is no dimension"),
+        (network().replace("2.0", "3.0") + "(assert (<= Y[0,0] 1.0))", "but found version <3.0>"),
+        (network().replace("Y", "X") + "(assert (<= X[0,0] 1.0))", "Variable names must be unique"),
+        (network().replace("<2.0>", "<99999999999999999999.0>") + "(assert (<= Y[0,0] 1.0))", "too large or too small"),
+        ("(vnnlib-version <2.0>)", "syntax error at the end"),
+    ],
+)
+def test_an_incomplete_property_of_version_2_says_what_is_missing(text: str, expected: str) -> None:
+    with pytest.raises(PropertyError, match=expected):
+        vnnlib.parse(text)
+
+
+@version_2
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("(assert (<= X[0,0] Y[0,0]))", "line 6: a constraint joins inputs and outputs"),
+        ("(assert (<= (* Y[0,0] Y[0,1]) 1.0))", "line 6: a product of variables"),
+        ("(assert (< Y[0,0] 1.0))", "line 6: < is not read"),
+        ("(assert (or (!= Y[0,0] 1.0) (<= Y[0,1] 0.0)))", "line 6: != is not read"),
+    ],
+)
+def test_formulas_of_version_2_beyond_the_bounds_are_not_applicable(text: str, expected: str) -> None:
+    with pytest.raises(UnsupportedProperty, match=expected):
+        second(text)
+
+
+@version_2
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        (
+            "(declare-network f",
+            "(declare-network g (declare-input A float32 [1]) (declare-output B float32 [1]))\n(declare-network f",
+            "2 networks",
+        ),
+        ("(declare-output", "(declare-input Z float32 [3]) (declare-output", "declares 2 inputs: X, Z"),
+        ("[1,2])", "[1,2]) (declare-output Z float32 [3])", "declares 2 outputs: Y, Z"),
+        ("(declare-output", '(declare-hidden H float32 [3] "node") (declare-output', "declares 1 hidden nodes: H"),
+        ("Y float32", "Y float64", "Y is of another type"),
+        ("X float32", "X float99", "X is of another type"),
+    ],
+)
+def test_networks_of_version_2_beyond_the_bounds_are_not_applicable(old: str, new: str, expected: str) -> None:
+    text = (network() + "(assert (<= Y[0,0] 1.0))").replace(old, new, 1)
+    with pytest.raises(UnsupportedProperty, match=expected) as caught:
+        vnnlib.parse(text)
+    assert isinstance(caught.value, NotApplicable)
+    vnnlib.check(text.encode())
+
+
+@version_2
+def test_what_would_exhaust_the_parser_of_version_2_never_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = "(and " * 90 + "(<= Y[0,0] 1.0)" + ")" * 90
+    assert second(f"(assert {deep})") == second("(assert (<= Y[0,0] 1.0))")
+    for text in ("(" * 100_000, "[" * 100_000, "(assert " + "(or " * 100_000 + "(<= Y[0,0] 1.0)" + ")" * 100_001):
+        with pytest.raises(PropertyError, match="line 6: parentheses are nested more than 100 deep"):
+            second(text)
+    monkeypatch.setattr(vnnlib, "WORDS", 1000)
+    with pytest.raises(PropertyError, match="the text has more than 1,000 words"):
+        second("(assert (<= Y[0,0] 1.0))" * 400)
+
+
+def test_without_its_package_version_2_can_be_submitted_and_a_job_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "vnnlib", None)
+    monkeypatch.setattr(vnnlib, "vnnlib_2", LazyModule("vnnlib"))
+    text = network() + "(assert (>= X[0,0] 0.0)) (assert (<= X[0,0] 1.0)) (assert (<= Y[0,0] 1.0))"
+    vnnlib.check(text.encode())
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vnnlib>=1\.0\.2'"):
+        vnnlib.parse(text)
+    # What needs no parser to be wrong is refused by anybody.
+    with pytest.raises(PropertyError, match="nested more than"):
+        vnnlib.check((text + "(" * 200).encode())
+    # And nobody who reads version 1 needs it.
+    parse("(assert (<= Y_0 1))")
+
+
+@pytest.mark.parametrize("before", ["", "\n \t", "; a comment (with brackets\n", ";;;;" * 10_000 + "\n;x\n  "])
+def test_a_version_is_told_by_the_first_words_whatever_comments_stand_before(before: str) -> None:
+    assert vnnlib._IS_VERSION_2.match(before + network())
+    assert not vnnlib._IS_VERSION_2.match(before + declared() + "; (vnnlib-version <2.0>)")
+    assert not vnnlib._IS_VERSION_2.match(before + "; (vnnlib-version <2.0>)\n" + declared())
 
 
 # --- files and references ---------------------------------------------------------------------------------------------

@@ -321,8 +321,17 @@ def plot(
     ] = "",
     network: Network = "",
     since: Since = "",
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TIMES.csv",
+            help="Show beside it how many of the same instances other tools decided within a time: a CSV file with "
+            "columns onnx, vnnlib and one a tool, whose cells are verdict:seconds, such as unsat:1.5.",
+        ),
+    ] = None,
 ) -> None:
     """Draw the figure of a batch's method, or of a method across batches."""
+    from netassay import beside as others
     from netassay import catalogue
     from netassay.job import BUILDER
     from netassay.store import artifacts, reading, transfer
@@ -331,26 +340,27 @@ def plot(
     config = read_settings()
     if out is not None:
         transfer.target(out)
+    times = None if beside is None else others.read(beside)
     database = open_store()
     query = _query(database, what, network, since, "", "")
     records: dict[str, list[Any]] = {}
     with busy(f"reading {what}"):
         for record in reading.find(database, query):
             records.setdefault(record.method, []).append(record)
-    drawable = [name for name in records if catalogue.get(name).plot is not None]
+    plots = {name: catalogue.get(name).drawn(times) for name in records}
+    drawable = {name: draw for name, draw in plots.items() if draw is not None}
+    figure = "figure" if times is None else "figure beside other tools' times"
     if method and method not in drawable:
-        raise UserError(f"{method} has no figure in {what}; there are: {', '.join(drawable) or 'none'}")
+        raise UserError(f"{method} has no {figure} in {what}; there are: {', '.join(drawable) or 'none'}")
     # A network trained on the way is not what the batch is about.
     chosen = [method] if method else [n for n in drawable if n != BUILDER or len(drawable) == 1]
     if not chosen:
-        raise UserError(f"no method of {what} draws a figure: {', '.join(records) or 'there are no such records'}")
+        raise UserError(f"no method of {what} draws a {figure}: {', '.join(records) or 'there are no such records'}")
     with artifacts.using(artifacts.of(config)):
         for name in chosen:
-            plot_of = catalogue.get(name).plot
-            assert plot_of is not None
             path = out or Path(re.sub(r"[*?/\[\]]+", "-", what) + ".png")
             if len(chosen) > 1:
                 path = path.with_stem(f"{path.stem}-{name.replace('.', '-')}")
             with busy(f"drawing {name}"):
-                drawing.draw(plot_of(records[name]), path)
+                drawing.draw(drawable[name](records[name]), path)
             print(f"{name}: {path}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import pickle
@@ -553,6 +554,32 @@ def _property(random: Random) -> bytes:
     return mutations.packed(random, mutations.octets(random, raw) if random.randrange(5) == 0 else raw)
 
 
+_PROPERTIES_2 = (
+    "; a comment\n(vnnlib-version <2.0>)\n(declare-network f\n (declare-input X float32 [1,3])\n"
+    " (declare-output Y float32 [1,2])\n)\n(assert (<= X[0,2] 0.0))\n(assert (>= X[0,2] 0.0))\n"
+    "(assert (<= X[0,0] 0.5))\n(assert (>= X[0,0] -0.5))\n(assert (<= X[0,1] 0.001))\n(assert (>= X[0,1] 0.0))\n"
+    "(assert (or (and (<= Y[0,0] Y[0,1])) (and (>= Y[0,0] 3.5) (<= (* 2.0 Y[0,1]) (+ Y[0,0] 1.0)))))\n",
+    "(vnnlib-version <2.0>)\n(declare-network f (declare-input X real [2]) (declare-output Y real []))\n"
+    "(assert (or (and (>= X[0] 0.0) (<= X[0] 1.0) (<= Y 0.0)) (and (>= X[0] 2.0) (<= X[0] 3.0) (>= (- Y 1.0) 0.25))))\n"
+    "(assert (== X[1] (- 1.0)))\n",
+)
+
+
+def _property_2(random: Random) -> bytes:
+    words = (
+        "(", ")", "[", "]", ",", "(and", "(or", "X[0,0]", "X[0]", "Y", "X[-1,0]", "X[0.5]", "X[99999999999999999999]",
+        "(assert", "(declare-input Z real [3])", "(declare-hidden H real [3] \"n\")", "(declare-network g", "[1,0]",
+        "[]", "(declare-output W float64 [1])", "(equal-to f)", "(isomorphic-to g)", "initialized", "(<= Y[0,0]", "1",
+        "9" * 399 + ".0", "9" * 290 + ".0", "0." + "0" * 320 + "1", "1.0e5", "(!= Y 1.0)", "(not", "<2.1>", "<3.0>",
+        "<99999999999999999999.0>", "(vnnlib-version", '"', '"\\', ";", "(* ", "(-", "(* X[0] X[0])", "(<= X[0] Y)",
+        "(assert (or" + " (<= Y[0,0] 1.0)" * 300 + "))", "(" * 101, "[" * 101, "(+" + " Y" * 300 + ")", "Real", "f",
+        "[4294967296,4294967296,4294967296]", "[" + "1," * 500 + "1]", "(*" + " 1.5" * 300 + ")", "(assert (and))",
+    )  # fmt: skip
+    text = mutations.lines(random, random.choice(_PROPERTIES_2), words)
+    raw = text.encode("utf-8", "surrogatepass")
+    return mutations.packed(random, mutations.octets(random, raw) if random.randrange(5) == 0 else raw)
+
+
 def _read_property(path: Path) -> None:
     raw = vnnlib.from_file(path)
     vnnlib.check(raw)
@@ -715,6 +742,8 @@ TARGETS = {
         Target("export", ".tar", _archive, _read_archive),
     )
 }  # fmt: skip
+if importlib.util.find_spec("vnnlib"):
+    TARGETS["property-2"] = Target("property-2", ".vnnlib", _property_2, _read_property)
 
 #: What a reader may raise: all of them say what is wrong to the person at the keyboard.
 FOR_PEOPLE = (UserError,)

@@ -22,6 +22,7 @@ from pyarrow import parquet
 
 from hostile import targets
 from netassay.data import files
+from netassay.errors import UserError
 from netassay.networks import onnx_file
 from producer import readers
 from producer.documents import BadSweep
@@ -98,6 +99,64 @@ def test_a_tensor_within_a_node_or_a_function_may_lie_outside_no_more_than_any_o
             onnx_file.from_file(inside / "input.onnx")
         with pytest.raises(onnx_file.NetworkFileError, match="in other files"):
             onnx_file.model(model.SerializeToString())
+
+
+def test_a_file_of_zeros_is_no_network_and_costs_its_size_once(tmp_path: Path) -> None:
+    size = 1 << 29
+    with open(tmp_path / "zeros.onnx", "wb") as stream:
+        stream.truncate(size)
+    with open(tmp_path / "huge.onnx", "wb") as stream:
+        stream.truncate(1 << 40)
+    script = """
+import resource, sys
+from netassay.networks import onnx_file
+import onnx.checker
+held = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[2]),) * 2)
+try:
+    onnx_file.check(onnx_file.from_file(sys.argv[1]), analysable=False)
+except (onnx_file.NetworkFileError, onnx_file.InvalidInput) as error:
+    print(error)
+"""
+    # A terabyte is refused by its size: there is not even the memory to read the first half gigabyte.
+    for name, memory, expected in (("zeros", size + (64 << 20), "not an ONNX file"), ("huge", 64 << 20, "more than")):
+        ended = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / f"{name}.onnx"), str(memory)],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        assert expected in ended.stdout
+
+
+def test_a_network_cut_anywhere_is_refused() -> None:
+    for network in targets.networks():
+        data = network.SerializeToString()
+        onnx_file.check(data, analysable=False)
+        for end in range(len(data)):
+            with pytest.raises(UserError):
+                onnx_file.check(data[:end], analysable=False)
+
+
+def test_networks_within_networks_are_refused_at_any_depth() -> None:
+    def message(field: int, content: bytes) -> bytes:
+        size, length = len(content), b""
+        while size > 127:
+            length, size = length + bytes([size & 127 | 128]), size >> 7
+        return bytes([field << 3 | 2]) + length + bytes([size]) + content
+
+    deep = b""
+    for _ in range(20_000):  # a graph's first node's only attribute is a graph
+        deep = message(1, message(5, message(6, deep)))
+    with pytest.raises(onnx_file.NetworkFileError, match="not an ONNX file"):
+        onnx_file.check(message(7, deep), analysable=False)
+    # As deep as the format's reader takes them.
+    empty = branch = helper.make_graph([], "empty", [], [])
+    for _ in range(25):
+        node = helper.make_node("If", ["x"], ["inner"], then_branch=branch, else_branch=empty)
+        branch = helper.make_graph([node], "b", [], [helper.make_tensor_value_info("inner", TensorProto.FLOAT, [4])])
+    data = net([helper.make_node("If", ["x"], ["last"], then_branch=branch, else_branch=empty)])
+    with pytest.raises(UserError):
+        onnx_file.check(data, analysable=True)
 
 
 def test_a_network_of_32000_nodes_is_read_in_time_that_grows_with_their_number() -> None:

@@ -85,9 +85,10 @@ def test_what_is_valid_is_accepted(tmp_path: Path) -> None:
         "dataset-csv": [table.encode() for table in targets._DATASETS],
         "network": [network.SerializeToString() for network in targets.networks()],
         "property": [text.encode() for text in targets._PROPERTIES],
+        "property-2": [text.encode() for text in targets._PROPERTIES_2],
     }
-    for name, inputs in valid.items():
-        target = targets.TARGETS[name]
+    for name in valid.keys() & targets.TARGETS.keys():
+        target, inputs = targets.TARGETS[name], valid[name]
         for data in inputs:
             file = inside / f"input{target.suffix}"
             file.write_bytes(data)

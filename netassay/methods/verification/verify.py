@@ -62,9 +62,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from netassay import networks, vnnlib
+from netassay import beside, networks, vnnlib
 from netassay.fields import AnyNetworkRef, Array, Count, Index, PropertyRef, Seed
-from netassay.figure import Axis, Bars, Figure, Line, Panel, Points
+from netassay.figure import Axis, Bars, Figure, Panel, Points
 from netassay.heavy import np, torch
 from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable
 from netassay.networks import onnx_file
@@ -678,14 +678,27 @@ _VERDICTS = ("unsat", "sat", "unknown", "no result")
 _BARS = 40
 #: Labels that a figure has colours for; groups of points get none beyond.
 _COLOURS = 7
-#: Where a log axis begins: seconds, and margins.
-_SHORTEST, _NEAREST = 1e-3, 1e-9
+#: Where a log axis of margins begins.
+_NEAREST = 1e-9
 
 
 def plot(records: list[Record]) -> Figure:
     """Verdicts by property or by network (whichever are fewer); how many instances were decided within a time; and of
     each undecided one, how far the bound and the attack are from deciding it.
     """
+    return _figure(records, _decided(records), "")
+
+
+def plot_beside(records: list[Record], times: beside.Times) -> Figure:
+    """The same, but how many instances were decided within a time is shown beside other tools, on the instances that
+    they and these records have in common.
+    """
+    panel, said = beside.cactus(records, times, lambda record: _verdict(record) in ("unsat", "sat"))
+    return _figure(records, panel, said)
+
+
+def _figure(records: list[Record], decided: Panel, said: str) -> Figure:
+    """said: an addition to the caption."""
     names = {of: [networks.short(record.name(of)) for record in records] for of in ("property", "network")}
     by = min(names, key=lambda of: (len(set(names[of])) < 2, len(set(names[of]))))
     groups = names[by] if len(set(names[by])) <= _BARS else ["all"] * len(records)
@@ -696,14 +709,7 @@ def plot(records: list[Record]) -> Figure:
         Bars(x=list(order), y=[counts[g, verdict] for g in order], label=verdict, stacked=True) for verdict in seen
     ]
     panels = [Panel(title="Verdicts", x=Axis(label=by, scale="category"), y=Axis(label="instances", low=0), marks=bars)]
-    panels.append(
-        Panel(
-            title="Decided",
-            x=Axis(label="seconds of one instance", scale="log"),
-            y=Axis(label="instances within that time", low=0),
-            marks=[line for verdict in ("unsat", "sat") if (line := _within(records, verdict)) is not None],
-        )
-    )
+    panels.append(decided)
     told = len(order) + len(seen) <= _COLOURS
     points: list[Any] = [
         one for group in order if (one := _undecided(records, groups, group, group if told else "")) is not None
@@ -717,8 +723,8 @@ def plot(records: list[Record]) -> Figure:
                 marks=points,
             )
         )
-    decided = sum(counts[group, verdict] for group in order for verdict in ("unsat", "sat"))
-    caption = f"{decided:,} of {len(records):,} instances decided."
+    ended = sum(counts[group, verdict] for group in order for verdict in ("unsat", "sat"))
+    caption = f"{ended:,} of {len(records):,} instances decided.{said}"
     if points:
         caption += (
             " Of the undecided, those far left nearly have a counterexample, those at the bottom are nearly proven."
@@ -733,11 +739,10 @@ def _verdict(record: Record) -> str:
     return record.result["verdict"] if record.result is not None else "no result"
 
 
-def _within(records: Sequence[Record], verdict: str) -> Line | None:
-    times = sorted(max(record.seconds, _SHORTEST) for record in records if _verdict(record) == verdict)
-    if not times:
-        return None
-    return Line(x=list(times), y=list(range(1, len(times) + 1)), label=verdict, points=len(times) == 1)
+def _decided(records: Sequence[Record]) -> Panel:
+    """Instances within a time, by verdict."""
+    seconds = {verdict: [r.seconds for r in records if _verdict(r) == verdict] for verdict in ("unsat", "sat")}
+    return beside.within(seconds, "Decided")
 
 
 def _undecided(records: Sequence[Record], groups: Sequence[str], group: str, label: str) -> Points | None:
