@@ -33,6 +33,7 @@ from netassay.networks.nodes import (
     FileShape,
     NetworkFileError,
     Value,
+    batch_axis,
     broadcast,
     full,
     inner,
@@ -146,8 +147,8 @@ class Builder:
 
     def dense(self, value: Value, weight: numpy.ndarray, bias: numpy.ndarray | None = None) -> Value:
         """y = weight x + bias on the last axis; weight: (outputs, inputs)."""
-        if not inner(value.shape):
-            raise self.refuse(f"multiplies {text(value.shape)}, which has no axis but the batch")
+        if not inner(value.shape) or value.shape[-1] is None:
+            raise mixes(self.node, f"multiplies {text(value.shape)}")
         bias = np.zeros(len(weight)) if bias is None else bias
         return self.make(Dense, value, (*value.shape[:-1], len(weight)), weight=weight, bias=bias)
 
@@ -190,8 +191,9 @@ class Builder:
         shape = self.common(value.shape, scale.shape, shift.shape)
         rank = len(shape)
         scale, shift = (array.reshape((1,) * (rank - array.ndim) + array.shape) for array in (scale, shift))
-        if len(inner(shape)) < rank:
-            scale, shift = scale[0], shift[0]
+        batch = batch_axis(shape)
+        if batch is not None:
+            scale, shift = scale.squeeze(batch), shift.squeeze(batch)
         same = self.expanded(value, shape)
         if (scale == 1).all() and (shift == 0).all():
             return same
@@ -267,27 +269,23 @@ class Builder:
     def transposed(self, value: Value, order: Sequence[int]) -> Value:
         """The axes of a value reordered."""
         shape = tuple(value.shape[axis] for axis in order)
-        if None in shape[1:]:
-            raise mixes(self.node, f"transposes {text(value.shape)} by {list(order)}")
-        long = [axis for axis in order if value.shape[axis] != 1]
+        long = [axis for axis in order if value.shape[axis] not in (None, 1)]
         if long == sorted(long):
             return self.reshaped(value, shape)
         return self.picked(value, self.places(value).transpose(order), shape)
 
     def common(self, *shapes: FileShape) -> FileShape:
-        """The shape that tensors of the file broadcast to; a symbolic batch stays in front."""
+        """The shape that tensors of the file broadcast to; a symbolic batch meets no other axis."""
         found = broadcast(*map(full, shapes))
         if found is None:
             raise self.refuse(f"broadcasts shapes that do not fit: {' and '.join(map(text, shapes))}")
-        batched = [shape for shape in shapes if shape[:1] == (None,)]
-        if not batched:
+        behind = {shape.index(None) - len(shape) for shape in shapes if None in shape}
+        if not behind:
             return found
-        rank = len(found)
-        if any(len(shape) < rank for shape in batched):
-            raise self.refuse(f"broadcasts {text(batched[0])} with its batch axis to {rank} axes")
-        if found[0] != 1:
+        at = behind.pop()
+        if behind or found[at] != 1:
             raise mixes(self.node, f"broadcasts {' and '.join(map(text, shapes))}")
-        return (None, *found[1:])
+        return tuple(None if place == at % len(found) else size for place, size in enumerate(found))
 
     def expanded(self, value: Value, shape: FileShape) -> Value:
         """The value broadcast to a shape of `common`."""
@@ -312,16 +310,17 @@ class Builder:
         values = [part for part in parts if isinstance(part, Value)]
         rank = len(values[0].shape)
         axis = axis % rank
-        batched = values[0].batched
+        batch = values[0].shape.index(None) if values[0].batched else None
         sizes = [full(part.shape) for part in parts]
         across = list(broadcast(*((*size[:axis], 1, *size[axis + 1 :]) for size in sizes)) or ())
-        if any(len(size) != rank for size in sizes) or len(across) != rank or any(v.batched != batched for v in values):
+        batches = {value.shape.index(None) if value.batched else None for value in values}
+        if any(len(size) != rank for size in sizes) or len(across) != rank or batches != {batch}:
             raise self.refuse(f"joins {', '.join(text(part.shape) for part in parts)}")
-        if batched and axis == 0:
+        if axis == batch:
             raise mixes(self.node, "joins along the batch axis")
         whole = (*across[:axis], sum(size[axis] for size in sizes), *across[axis + 1 :])
         self.room(*whole)
-        shape: FileShape = (None, *whole[1:]) if batched else whole
+        shape: FileShape = tuple(None if place == batch else size for place, size in enumerate(whole))
         found: dict[str, numpy.ndarray] = {}
         fill = np.zeros(whole)
         start = 0
@@ -361,7 +360,7 @@ class Builder:
     def _rows(self, value: Value, axes: Sequence[int], keepdims: bool) -> tuple[numpy.ndarray, FileShape]:
         """The places of a value as (*kept axes, all of the others), and its shape when those are gone."""
         kept = [axis for axis in range(len(value.shape)) if axis not in axes]
-        if value.batched and 0 in axes:
+        if any(value.shape[axis] is None for axis in axes):
             raise mixes(self.node, "goes over the batch axis")
         rows = self.places(value).transpose([*kept, *axes])
         rows = rows.reshape(*rows.shape[: len(kept)], -1)
@@ -403,9 +402,7 @@ class Builder:
                 winner = self.picked(value, block[0], shape)
             while len(block) > 1:
                 half = len(block) // 2
-                several = (
-                    shape if half == 1 else (shape[0], half, *shape[1:]) if shape[:1] == (None,) else (half, *shape)
-                )
+                several = shape if half == 1 else (half, *shape)
                 winner = self.larger(*(self.picked(winner, part, several) for part in (block[:half], block[half:])))
                 block = np.arange(half * math.prod(full(shape))).reshape(half, *full(shape))
             best = winner if best is None else self.larger(best, winner)
@@ -415,8 +412,8 @@ class Builder:
     def softmax(self, value: Value, axes: Sequence[int], log: bool = False) -> Value:
         """1 / sum_j exp(x_j - x_i), j over axes; its logarithm. Of two numbers it is sigmoid(x_i - x_j)."""
         rows, _ = self._rows(value, axes, True)
-        *kept, n = rows.shape
-        lead: FileShape = (None, *kept[1:]) if value.batched else tuple(kept)
+        n = rows.shape[-1]
+        lead = self._kept(value, axes)
         if n == 1:
             return self.scaled(value, 0.0, 0.0 if log else 1.0)
         if rows.size * (n - 1) > LARGEST_SOFTMAX:

@@ -86,6 +86,8 @@ class Folder:
         if kind == "ConstantOfShape" or (kind == "Expand" and not open_[0]):
             arrays[-1] = np.where(arrays[-1] == BATCH, 1, arrays[-1])
             return arrays, None
+        if kind in ("Shape", "Size"):
+            return arrays, None
         cast = kind == "Cast" and attributes(node)["to"] != onnx.TensorProto.INT64
         moved = range(len(arrays)) if kind in ("Concat", "Where") else range(1) if kind in MOVES else ()
         if not cast and not any(is_open and place not in moved for place, is_open in enumerate(open_)):

@@ -11,7 +11,7 @@ from netassay.method import InvalidInput
 if TYPE_CHECKING:
     from onnx import AttributeProto, NodeProto
 
-# A tensor's shape in the file: the batch axis None where it is symbolic.
+# A tensor's shape in the file: the batch axis None where it is symbolic, wherever it stands.
 FileShape = tuple[int | None, ...]
 
 #: Stands for a symbolic batch size in an integer constant computed from a shape. It is only ever moved, compared with
@@ -41,22 +41,31 @@ class UnsupportedShape(NetworkFileError):
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A tensor of the file that depends on the input: `name` is the graph's value that holds its numbers."""
+    """A tensor of the file that depends on the input: `name` is the graph's value that holds its numbers.
+
+    Moving a symbolic batch axis past others changes the shape alone: the numbers of one example stay in their order.
+    """
 
     name: str
     shape: FileShape
 
     @property
     def batched(self) -> bool:
-        """Its first axis is a symbolic batch."""
-        return self.shape[:1] == (None,)
+        """It has a symbolic batch."""
+        return None in self.shape
+
+
+def batch_axis(shape: FileShape) -> int | None:
+    """The axis of a tensor that its value in the graph lacks: the symbolic batch, or a leading axis of length one."""
+    if None in shape:
+        return shape.index(None)
+    return 0 if len(shape) > 1 and shape[0] == 1 else None
 
 
 def inner(shape: FileShape) -> tuple[int, ...]:
     """A tensor's shape without its batch axis."""
-    if shape and (shape[0] is None or (shape[0] == 1 and len(shape) > 1)):
-        shape = shape[1:]
-    return tuple(int(size) for size in shape if size is not None)
+    batch = batch_axis(shape)
+    return tuple(int(size or 0) for axis, size in enumerate(shape) if axis != batch)
 
 
 def full(shape: FileShape) -> tuple[int, ...]:

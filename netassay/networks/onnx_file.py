@@ -278,6 +278,12 @@ class _Reader(Reader):
                 "an analysis asks about one example",
                 "export with batch 1 or with a symbolic batch axis (dynamic_axes for axis 0)",
             )
+        if None in last.shape[1:]:
+            raise UnsupportedShape(
+                f"output {output!r} has its batch as axis {last.shape.index(None)}",
+                "the batch is the first axis of input and output",
+                "export with a batch of 1 instead of a symbolic one",
+            )
         whole = Graph(tuple(self.operations), source.name, last.name, inner(shape), inner(last.shape))
         return dataclasses.replace(whole, operations=whole.needed)
 

@@ -14,6 +14,7 @@ from netassay.networks.builder import Builder, in_range, out_of_range
 from netassay.networks.graph import Conv, ConvTranspose, Function
 from netassay.networks.nodes import (
     BATCH,
+    FileShape,
     NetworkFileError,
     Value,
     attributes,
@@ -384,7 +385,7 @@ def _times_constant(reader: Reader, value: Value, matrix: numpy.ndarray) -> Valu
 
 def _times_matrices(reader: Reader, value: Value, matrices: numpy.ndarray) -> Value:
     """value @ matrices, one for each index of leading axes: a 1 x 1 convolution in groups."""
-    if len(value.shape) < 2 or (value.batched and len(value.shape) < matrices.ndim):
+    if len(value.shape) < 2 or None in value.shape[-2:]:
         raise reader.refuse(f"multiplies {text(value.shape)} by a constant of shape {matrices.shape}")
     lead = reader.common(value.shape[:-2], matrices.shape[:-2])
     (m, k), n, count = full(value.shape)[-2:], matrices.shape[-1], math.prod(full(lead))
@@ -411,7 +412,7 @@ def _constant_times(reader: Reader, matrix: numpy.ndarray, value: Value) -> Valu
             raise mismatch(reader.node, matrix.shape, value.shape)
         if matrix.ndim <= 2:
             return _times_constant(reader, value, matrix.T)
-    if len(value.shape) < 2 + value.batched or matrix.ndim < 1 or value.shape[-2] != matrix.shape[-1]:
+    if len(value.shape) < 2 or matrix.ndim < 1 or value.shape[-2] != matrix.shape[-1]:
         raise mismatch(reader.node, matrix.shape, value.shape)
     rank = len(value.shape)
     flipped = reader.transposed(value, (*range(rank - 2), rank - 1, rank - 2))
@@ -433,7 +434,9 @@ def _times(reader: Reader, left: Value, right: Value) -> Value:
         )
         shape = product.shape
         return reader.reshaped(product, (*shape[:-2], *shape[-2:-1] * (not row), *shape[-1:] * (not column)))
-    if min(len(left.shape), len(right.shape)) < 2 + left.batched or left.shape[-1] != right.shape[-2]:
+    if None in (*left.shape[-2:], *right.shape[-2:]):
+        raise mixes(reader.node, f"multiplies {text(left.shape)} and {text(right.shape)}")
+    if min(len(left.shape), len(right.shape)) < 2 or left.shape[-1] != right.shape[-2]:
         raise mismatch(reader.node, left.shape, right.shape)
     lead = reader.common(left.shape[:-2], right.shape[:-2])
     (m, k), n = full(left.shape)[-2:], full(right.shape)[-1]
@@ -453,7 +456,7 @@ def _image(reader: Reader, value: Value, what: str) -> tuple[int, list[int]]:
     """Channels and sizes of a value of shape (batch, channels, *sizes)."""
     if len(value.shape) < 3:
         raise reader.refuse(f"{what} {text(value.shape)}, which is no signal of channels")
-    if value.shape[0] not in (None, 1):
+    if value.shape[0] not in (None, 1) or None in value.shape[1:]:
         raise reader.refuse(f"reads {text(value.shape)}, whose first axis is neither a symbolic batch nor a batch of 1")
     channels, *sizes = full(value.shape)[1:]
     return channels, sizes
@@ -653,7 +656,11 @@ def _batch_normalization(reader: Reader) -> Value:
         raise reader.refuse("is in training mode or normalises every element on its own")
     reader.alone()
     gain, offset, mean, variance = (reader.constant(place) for place in (1, 2, 3, 4))
-    if len(value.shape) < 2 or any(array.shape != (value.shape[1],) for array in (gain, offset, mean, variance)):
+    if (
+        len(value.shape) < 2
+        or None in value.shape[1:]
+        or any(array.shape != (value.shape[1],) for array in (gain, offset, mean, variance))
+    ):
         raise mismatch(reader.node, value.shape, gain.shape)
     with np.errstate(all="ignore"):  # refused below
         factor = 1 / np.sqrt(variance + _epsilon(reader))
@@ -788,10 +795,10 @@ def _flatten(reader: Reader) -> Value:
     axis = reader.attributes().get("axis", 1)
     axis += len(value.shape) if axis < 0 else 0
     head, tail = value.shape[:axis], value.shape[axis:]
-    if value.batched and axis != 1:
+    first, second = (None if None in part else math.prod(full(part)) for part in (head, tail))
+    if (None in head and math.prod(full(head)) > 1) or None in tail:
         raise mixes(reader.node, f"flattens {text(value.shape)} at axis {axis}")
-    first = head[0] if head == (None,) else math.prod(size for size in head if size is not None)
-    return reader.reshaped(value, (first, math.prod(size for size in tail if size is not None)))
+    return reader.reshaped(value, (first, second))
 
 
 def _reshape(reader: Reader) -> Value:
@@ -810,16 +817,25 @@ def _reshape(reader: Reader) -> Value:
             sizes.append(None if size == BATCH else size)
     total = math.prod(inner(value.shape))
     if value.batched:
-        # -1 or 1 in the first place stands for the batch where the other axes hold all numbers of one example.
-        rest = _inferred(sizes[1:], total)
-        if not sizes or sizes[0] not in (None, -1, 1) or rest is None:
-            shown = ["batch" if size == BATCH else size for size in target]
-            raise mixes(reader.node, f"reshapes {text(value.shape)} to {shown}")
-        return reader.reshaped(value, (None, *rest))
+        before, after = (math.prod(full(part)) for part in _around(value.shape))
+        # -1, or 1 in the first place, stands for the batch where the other axes hold all numbers of one example.
+        known = [None] if None in sizes else [-1, *([1] if sizes[:1] == [1] else [])]
+        for place in [sizes.index(size) for size in known if size in sizes]:
+            head, tail = _inferred(sizes[:place], before), _inferred(sizes[place + 1 :], after)
+            if head is not None and tail is not None:
+                return reader.reshaped(value, (*head, None, *tail))
+        shown = ["batch" if size == BATCH else size for size in target]
+        raise mixes(reader.node, f"reshapes {text(value.shape)} to {shown}")
     found = _inferred(sizes, total)
     if found is None:
         raise NetworkFileError(f"node {label(reader.node)} reshapes {text(value.shape)} to {target}: it does not fit")
     return reader.reshaped(value, found)
+
+
+def _around(shape: FileShape) -> tuple[FileShape, FileShape]:
+    """The axes before and behind the symbolic batch."""
+    place = shape.index(None)
+    return shape[:place], shape[place + 1 :]
 
 
 def _inferred(sizes: Sequence[int | None], total: int) -> tuple[int, ...] | None:
@@ -861,10 +877,7 @@ def _unsqueeze(reader: Reader) -> Value:
     rank = len(value.shape) + len(axes)
     added = set(reader.axes(axes, rank))
     old = iter(value.shape)
-    shape = tuple(1 if axis in added else next(old) for axis in range(rank))
-    if None in shape[1:]:
-        raise mixes(reader.node, "puts an axis before the batch axis")
-    return reader.reshaped(value, shape)
+    return reader.reshaped(value, tuple(1 if axis in added else next(old) for axis in range(rank)))
 
 
 def _concat(reader: Reader) -> Value:
@@ -973,16 +986,15 @@ def _expand(reader: Reader) -> Value:
     value, target = reader.value(), reader.integers(1, "shape")
     if target is None or any(size < 1 and size != BATCH for size in target):
         raise reader.refuse(f"expands to {target}")
-    if BATCH in target[1:] or (BATCH in target and len(target) != len(value.shape)):
-        raise mixes(reader.node, "expands along the batch")
-    return reader.expanded(value, reader.common(value.shape, tuple(1 if size == BATCH else size for size in target)))
+    wanted = tuple(None if size == BATCH else size for size in target)
+    return reader.expanded(value, reader.common(value.shape, wanted))
 
 
 def _tile(reader: Reader) -> Value:
     value, repeats = reader.value(), reader.integers(1, "repeats")
     if repeats is None or len(repeats) != len(value.shape) or min(repeats, default=1) < 1:
         raise reader.refuse(f"repeats {text(value.shape)} {repeats} times")
-    if value.batched and repeats[0] != 1:
+    if any(size is None and count != 1 for size, count in zip(value.shape, repeats, strict=True)):
         raise mixes(reader.node, "repeats the batch axis")
     shape = tuple(None if s is None else s * r for s, r in zip(value.shape, repeats, strict=True))
     reader.room(*full(shape))
@@ -1055,8 +1067,6 @@ def _resize(reader: Reader) -> Value:
             at = at.astype(float).clip(0, size - 1)
             weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
             last = [*(a for a in range(rank) if a != axis), axis]
-            if value.batched and axis == 0:
-                raise mixes(reader.node, "resizes the batch axis")
             found = reader.dense(reader.transposed(value, last), weight)
             value = reader.transposed(found, [last.index(a) for a in range(rank)])
     return value
