@@ -5,7 +5,10 @@ The graph is evaluated in float64; onnxruntime computes in float32, so they agre
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +18,11 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnx_models import draw, make_model, node
+from onnx_models import draw, exported, make_model, node
 
-from netassay.networks import evaluate, onnx_file
+from netassay.method import NotApplicable
+from netassay.networks import agreement, evaluate, onnx_file
+from netassay.networks.exported import to_onnx
 from netassay.networks.graph import Activation, Dense, Graph, Pick, Product, Relu, Reshape, Scale, Sum
 
 torch.set_num_threads(1)
@@ -375,3 +380,448 @@ def test_a_normalisation_agrees(name: str) -> None:
 def test_moving_numbers_agrees(name: str) -> None:
     graph = assert_agrees(MOVES[name]())
     assert {type(op) for op in graph.operations} <= {Pick, Reshape, Sum, Scale, Dense, Product, Activation, Relu}
+
+
+# -- Batch axes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_symbolic_batch_may_move_and_come_back() -> None:
+    """As attention does: (batch, tokens, 3 x heads) to (3, batch, heads, tokens) and back."""
+    nodes = [
+        node("Reshape", "x", "split", to="s"),
+        node("Transpose", "s", to="t", perm=[2, 0, 3, 1]),
+        node("Gather", "t", "one", to="g", axis=0),
+        node("Mul", "g", "c", to="m"),
+        node("Transpose", "m", perm=[0, 2, 1]),
+    ]
+    assert_agrees(make_model(nodes, [N, 4, 6], {"split": ints(0, 4, 3, 2), "one": np.int64(1), "c": draw(2, 1)}))
+
+
+def test_a_constant_expanded_along_the_batch_is_joined_to_every_example() -> None:
+    """A class token, as exporters write `token.expand(x.shape[0], -1, -1)`."""
+    nodes = [
+        node("Shape", "x", to="s"),
+        node("Gather", "s", "zero", to="n", axis=0),
+        node("Concat", "n", "rest", to="t", axis=0),
+        node("Equal", "t", "minus", to="same"),
+        node("Where", "same", "ones", "t", to="target"),
+        node("Expand", "token", "target", to="tokens"),
+        node("Concat", "tokens", "x", axis=1),
+    ]
+    constants = {"zero": ints(0), "rest": ints(-1, 3), "minus": ints(-1), "ones": ints(1), "token": draw(1, 1, 3)}
+    graph = assert_agrees(make_model(nodes, [N, 2, 3], constants))
+    assert graph.output_shape == (3, 3)
+
+
+# -- Pieces of one function --------------------------------------------------------------------------------------------
+
+
+def pieces(*nodes: Any, **constants: float) -> bytes:
+    return make_model(list(nodes), [N, 7], {name: scalar(c) for name, c in constants.items()}, 17)
+
+
+def gelu(before: bool, divides: bool, half: str, one_first: bool, root: float = math.sqrt(2)) -> bytes:
+    """x * 0.5 * (1 + erf(x / sqrt 2)) in one of the orders that exporters write."""
+    nodes = [
+        node("Div", "x", "r", to="u") if divides else node("Mul", "r", "x", to="u"),
+        node("Erf", "u", to="e"),
+        node("Add", *(("one", "e") if one_first else ("e", "one")), to="a"),
+    ]
+    match half:
+        case "first":
+            nodes += [node("Mul", "x", "half", to="h"), node("Mul", *(("h", "a") if before else ("a", "h")))]
+        case "last":
+            nodes += [node("Mul", *(("x", "a") if before else ("a", "x")), to="h"), node("Mul", "h", "half")]
+        case "inside":
+            nodes += [node("Mul", "half", "a", to="h"), node("Mul", *(("x", "h") if before else ("h", "x")))]
+        case "divided":
+            nodes += [node("Mul", "a", "x", to="h"), node("Div", "h", "two")]
+    return pieces(*nodes, r=root if divides else 1 / root, one=1.0, half=0.5, two=2.0)
+
+
+@pytest.mark.parametrize("half", ["first", "last", "inside", "divided"])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("divides", [True, False])
+def test_gelu_in_any_order_is_one_operation(half: str, before: bool, divides: bool) -> None:
+    graph = assert_agrees(gelu(before, divides, half, one_first=before))
+    assert [op.function for op in graph.operations if isinstance(op, Activation)] == ["gelu"]
+    assert len(graph.operations) == 1
+
+
+def test_a_gelu_with_other_constants_keeps_them() -> None:
+    graph = assert_agrees(gelu(True, True, "first", True, root=1.5))
+    assert [type(op) for op in graph.operations] == [Scale, Activation, Scale]
+
+
+def tanh_gelu(cube: bool) -> bytes:
+    nodes = (
+        [node("Pow", "x", "three", to="c")] if cube else [node("Mul", "x", "x", to="q"), node("Mul", "q", "x", to="c")]
+    )
+    nodes += [
+        node("Mul", "b", "c", to="d"), node("Add", "x", "d", to="s"), node("Mul", "s", "a", to="u"),
+        node("Tanh", "u", to="t"), node("Add", "t", "one", to="g"), node("Mul", "half", "x", to="h"),
+        node("Mul", "h", "g"),
+    ]  # fmt: skip
+    return pieces(*nodes, three=3.0, b=0.044715, a=math.sqrt(2 / math.pi), one=1.0, half=0.5)
+
+
+PIECES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "gelu, tanh, power": (lambda: tanh_gelu(True), "gelu_tanh"),
+    "gelu, tanh, products": (lambda: tanh_gelu(False), "gelu_tanh"),
+    "silu": (lambda: pieces(node("Sigmoid", "x", to="s"), node("Mul", "s", "x")), "silu"),
+    "hard swish": (
+        lambda: pieces(helper.make_node("HardSigmoid", ["x"], ["s"], alpha=1 / 6, beta=0.5), node("Mul", "x", "s")),
+        "hard_swish",
+    ),
+    "hard swish by clip": (
+        lambda: pieces(
+            node("Add", "x", "three", to="a"), node("Clip", "a", "zero", "six", to="c"), node("Mul", "x", "c", to="m"),
+            node("Div", "m", "six"), three=3.0, zero=0.0, six=6.0,
+        ),
+        "hard_swish",
+    ),
+    "mish": (
+        lambda: pieces(node("Softplus", "x", to="p"), node("Tanh", "p", to="t"), node("Mul", "x", "t")),
+        "mish",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_function_in_pieces_is_one_operation(name: str) -> None:
+    make, function = PIECES[name]
+    graph = assert_agrees(make())
+    assert [op.function for op in graph.operations if isinstance(op, Activation)] == [function]
+    assert len(graph.operations) == 1
+
+
+def test_a_swish_of_a_multiple_is_a_scaled_silu() -> None:
+    data = pieces(node("Mul", "x", "c", to="u"), node("Sigmoid", "u", to="s"), node("Mul", "x", "s"), c=1.702)
+    assert [type(op) for op in assert_agrees(data).operations] == [Scale, Activation, Scale]
+
+
+def test_pieces_that_others_read_are_left_alone() -> None:
+    nodes = [node("Sigmoid", "x", to="s"), node("Mul", "s", "x", to="m"), node("Add", "m", "s")]
+    graph = assert_agrees(pieces(*nodes))
+    assert [op.function for op in graph.operations if isinstance(op, Activation)] == ["sigmoid"]
+
+
+@pytest.mark.parametrize("peak", [True, False])
+@pytest.mark.parametrize("inverse", [True, False])
+def test_a_softmax_in_pieces_is_one_of_differences(peak: bool, inverse: bool) -> None:
+    nodes = [node("ReduceMax", "x", to="m", axes=[-1]), node("Sub", "x", "m", to="z")] if peak else []
+    nodes += [node("Exp", "z" if peak else "x", to="e"), node("ReduceSum", "e", "last", to="t")]
+    nodes += [node("Reciprocal", "t", to="r"), node("Mul", "e", "r")] if inverse else [node("Div", "e", "t")]
+    graph = assert_agrees(make_model(nodes, [N, 2, 4], {"last": ints(-1)}, 17))
+    whole = onnx_file.read(make_model([node("Softmax", "x", axis=-1)], [N, 2, 4], {}, 17))
+    assert [type(op) for op in graph.operations] == [type(op) for op in whole.operations]
+    assert not any(isinstance(op, Relu) for op in graph.operations)
+
+
+def test_a_maximum_says_of_which_values_it_is_the_larger() -> None:
+    data = make_model([node("Neg", "x", to="r"), node("Max", "x", "r")], [N, 3], {})
+    (total,) = [op for op in onnx_file.read(data).operations if isinstance(op, Sum) and op.larger]
+    assert total.larger == ("x", "r")
+
+
+@pytest.mark.parametrize("kernel", [[1, 2], [3, 3], [5, 7]])
+def test_a_maximum_of_n_numbers_takes_n_minus_one_rectifiers(kernel: list[int]) -> None:
+    """With windows side by side, so that no two share a row."""
+    data = one("MaxPool", [N, 2, 5 * kernel[0], 3 * kernel[1]], kernel_shape=kernel, strides=kernel)()
+    relus = sum(math.prod(op.shape) for op in onnx_file.read(data).operations if isinstance(op, Relu))
+    assert relus == 2 * 5 * 3 * (math.prod(kernel) - 1)
+
+
+def test_moves_in_a_row_are_one_and_those_that_undo_each_other_none() -> None:
+    turn = [node("Transpose", "x", perm=[0, 2, 1], to="a"), node("Transpose", "a", perm=[0, 2, 1], to="b")]
+    assert len(onnx_file.read(make_model([*turn, node("Relu", "b")], [N, 3, 4], {})).operations) == 1
+    cut = [node("Slice", "b", "s", "e", "ax", to="c"), node("Transpose", "c", perm=[0, 2, 1])]
+    data = make_model([*turn, *cut], [N, 3, 4], {"s": ints(1), "e": ints(3), "ax": ints(2)})
+    assert [type(op) for op in onnx_file.read(data).operations] == [Pick]
+
+
+# -- Random networks ---------------------------------------------------------------------------------------------------
+
+
+def random_network(seed: int) -> bytes:
+    """Some fifteen nodes, each of what came before; all values are (batch, 2, 4, 4), so that any two combine."""
+    random = np.random.default_rng(seed)
+    constants: dict[str, Any] = {"ends": ints(1, 2), "order": ints(1, 0)}
+    nodes, names = [], ["x"]
+
+    def weight(*shape: int) -> str:
+        name = f"w{len(constants)}"
+        constants[name] = random.normal(size=shape).astype(np.float32)
+        return name
+
+    def pick() -> str:
+        return str(names[random.integers(max(0, len(names) - 4), len(names))])
+
+    for place in range(15):
+        a, b, to = pick(), pick(), f"v{place}"
+        middle = f"{to}.m"
+        made: list[Any] = [
+            [node(str(random.choice(["Add", "Sub", "Max", "Min"])), a, b, to=to)],
+            [node("Tanh", a, to=middle), node("Mul", middle, b, to=to)],
+            [node(str(random.choice(["Relu", "LeakyRelu", "Sigmoid", "Abs", "Elu", "Softplus", "Sin"])), a, to=to)],
+            [node("Conv", a, weight(2, 2, 3, 3), weight(2), to=middle, pads=[1, 1, 1, 1]), node("Tanh", middle, to=to)],
+            [node("MaxPool", a, to=to, kernel_shape=[3, 2], pads=[1, 0, 1, 1])],
+            [node("AveragePool", a, to=to, kernel_shape=[2, 3], pads=[1, 1, 0, 1])],
+            [node("Transpose", a, to=to, perm=[0, 1, 3, 2])],
+            [node("Gather", a, "order", to=to, axis=1)],
+            [node("Concat", a, b, to=middle, axis=1), node("Gather", middle, "ends", to=to, axis=1)],
+            [node("Softmax", a, to=to, axis=int(random.integers(1, 4)))],
+            [node("MatMul", a, b, to=middle), node("Tanh", middle, to=to)],
+            [node("Mul", a, weight(2, 1, 4), to=middle), node("Add", middle, weight(4), to=to)],
+            [node("ReduceMean", a, to=middle, axes=[2]), node("Add", middle, b, to=to)],
+            [node("MatMul", a, weight(4, 4), to=to)],
+        ][random.integers(14)]
+        nodes += made
+        names.append(to)
+    nodes += [node("Add", names[-1], names[-2], to="s"), node("Flatten", "s", to="f"), node("Gemm", "f", weight(32, 3))]
+    return make_model(nodes, ["n" if seed % 2 else 1, 2, 4, 4], constants, 17)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_random_network_agrees(seed: int) -> None:
+    assert_agrees(random_network(seed), tolerance=2e-5)
+
+
+# -- Architectures as PyTorch exports them -----------------------------------------------------------------------------
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 6, 3, 2, 1, bias=False)
+        self.norms = torch.nn.ModuleList([torch.nn.BatchNorm2d(6), torch.nn.BatchNorm2d(6)])
+        self.second, self.short = torch.nn.Conv2d(6, 6, 3, 1, 1), torch.nn.Conv2d(3, 6, 1, 2)
+        self.last = torch.nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norms[1](self.second(torch.relu(self.norms[0](self.first(x)))))
+        return self.last(torch.relu(y + self.short(x)).mean((2, 3)))
+
+
+class Transformer(torch.nn.Module):
+    """A class token, one block of two heads with GELU, then a layer normalisation."""
+
+    def __init__(self, approximate: str) -> None:
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.linspace(-1, 1, 8).reshape(1, 1, 8))
+        self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(8) for _ in range(3)])
+        self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.GELU(approximate), torch.nn.Linear(12, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        b, t, e = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).reshape(b, t, 3, 2, e // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = torch.softmax(q @ k.transpose(-2, -1) / 2.0, -1)
+        x = x + self.out((attention @ v).transpose(1, 2).reshape(b, t, e))
+        return self.norms[2](x + self.mlp(self.norms[1](x)))[:, 0]
+
+
+class ChannelsLast(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Linear(4 * 30, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1))
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ConvTranspose2d(4, 4, 2, 2)
+        self.last = torch.nn.Conv2d(7, 2, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.max_pool2d(torch.nn.functional.silu(self.down(x)), 2)
+        larger = torch.nn.functional.interpolate(y, scale_factor=2, mode="nearest")
+        return self.last(torch.cat([x, self.up(y) + larger], 1))
+
+
+def pooled() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Hardswish(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(4, 5, 2, padding=1),
+        torch.nn.ELU(), torch.nn.MaxPool2d(2, ceil_mode=True, padding=1), torch.nn.AvgPool2d(2, padding=1),
+        torch.nn.Flatten(), torch.nn.Linear(45, 6), torch.nn.Tanh(), torch.nn.Dropout(), torch.nn.Linear(6, 3),
+        torch.nn.LogSoftmax(-1),
+    )  # fmt: skip
+
+
+ARCHITECTURES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "residual": (Residual, (1, 3, 8, 8)),
+    "transformer": (lambda: Transformer("none"), (1, 4, 8)),
+    "transformer, tanh": (lambda: Transformer("tanh"), (1, 4, 8)),
+    "channels last": (ChannelsLast, (1, 5, 6, 3)),
+    "decoder": (Decoder, (1, 3, 8, 8)),
+    "pooled": (pooled, (1, 3, 12, 12)),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("symbolic", [True, False])
+def test_an_exported_architecture_agrees(name: str, opset: int, symbolic: bool) -> None:
+    make, shape = ARCHITECTURES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = make().eval()
+    data = exported(network, shape, opset, {"x": {0: "batch"}} if symbolic else None)
+    graph = assert_agrees(data)
+    assert agreement.agrees(graph, data) < 1e-5
+    functions = [op.function for op in graph.operations if isinstance(op, Activation)]
+    assert not {"erf", "softplus"}.intersection(functions)  # they are within pieces that were recognised
+    x = torch.linspace(-1, 1, 3 * math.prod(shape), dtype=torch.float64).reshape(3, *shape[1:])
+    with torch.no_grad():  # the exporter folds normalisation into convolutions in float32
+        torch.testing.assert_close(evaluate.forward(graph, x), network.double()(x), rtol=0, atol=1e-5)
+
+
+# -- A check against the runtime ---------------------------------------------------------------------------------------
+
+
+def test_a_graph_agrees_with_its_own_file_and_not_with_another() -> None:
+    data, other = random_network(1), random_network(3)
+    assert agreement.agrees(onnx_file.read(data), data) < 1e-5
+    assert agreement.agrees(onnx_file.read(data), other) > agreement.LARGEST_DIFFERENCE
+    larger = make_model([node("Concat", "x", "x", axis=1)], ["n", 2, 4, 4], {})
+    assert agreement.agrees(onnx_file.read(data), larger) == math.inf
+
+
+def test_what_is_nowhere_finite_says_nothing() -> None:
+    data = make_model([node("Abs", "x", to="a"), node("Neg", "a", to="b"), node("Log", "b")], [N, 3], {})
+    assert math.isnan(agreement.agrees(onnx_file.read(data), data))
+    one_sided = make_model([node("Abs", "x", to="a"), node("Log", "a")], [N, 3], {})
+    assert agreement.agrees(onnx_file.read(data), one_sided) == math.inf
+
+
+def test_a_program_without_its_exporter_is_told_what_is_missing() -> None:
+    program = torch.export.export(torch.nn.Linear(3, 2), (torch.zeros(1, 3),))
+    if importlib.util.find_spec("onnxscript") is None:
+        with pytest.raises(NotApplicable, match="pip install onnxscript"):
+            to_onnx(program)
+    else:
+        data = to_onnx(program)
+        assert agreement.agrees(onnx_file.read(data), data) < 1e-5
+
+
+# -- What it refuses, before any memory is asked for -------------------------------------------------------------------
+
+
+HUGE = 10**12
+
+
+def loop() -> bytes:
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Identity", ["v"], ["w"])], "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []),
+         helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("v", TensorProto.FLOAT, [1, 3])],
+        [helper.make_tensor_value_info("d", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("w", TensorProto.FLOAT, [1, 3])],
+    )  # fmt: skip
+    return make_model(
+        [helper.make_node("Loop", ["m", "", "x"], ["y"], name="around", body=body)], [1, 3], {"m": ints(3)[0]}
+    )
+
+
+def branch(constant: bool = False) -> bytes:
+    def side(kind: str) -> Any:
+        out = helper.make_tensor_value_info(kind, TensorProto.FLOAT, [1, 3])
+        return helper.make_graph([helper.make_node(kind, ["x"], [kind])], kind, [], [out])
+
+    nodes = [
+        node("ReduceSum", "zero" if constant else "x", to="s", keepdims=0),
+        node("Greater", "s", "zero", to="c"),
+        helper.make_node("If", ["c"], ["y"], name="either", then_branch=side("Relu"), else_branch=side("Neg")),
+    ]
+    return make_model(nodes, [1, 3], {"zero": scalar(0)})
+
+
+def cyclic() -> bytes:
+    return make_model([node("Add", "x", "b", to="a"), node("Neg", "a", to="b"), node("Relu", "b")], [1, 3], {})
+
+
+def foreign() -> bytes:
+    model = onnx.load_model_from_string(make_model([node("Relu", "x")], [1, 3], {}))
+    model.graph.node[0].op_type, model.graph.node[0].domain = "FusedGelu", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return bytes(model.SerializeToString())
+
+
+def doubled(times: int) -> bytes:
+    names = ["x", *(f"v{place}" for place in range(times))]
+    nodes = [node("Concat", name, name, to=to, axis=1) for name, to in itertools.pairwise(names)]
+    return make_model([*nodes, node("Relu", names[-1])], [N, 4], {})
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "expand": (one("Expand", [N, 1], ints(1, HUGE)), "Expand to y .*at most"),
+    "expand of a constant": (lambda: make_model(
+        [node("Expand", "c", "s", to="e"), node("Add", "x", "e")], [N, 1],
+        {"c": draw(1), "s": ints(HUGE)}), "too large"),
+    "tile": (one("Tile", [N, 2], ints(1, HUGE)), "at most"),
+    "constant of shape": (lambda: make_model(
+        [node("ConstantOfShape", "s", to="e"), node("Add", "x", "e")], [N, 1], {"s": ints(10**6, 10**6)}), "too large"),
+    "range": (lambda: make_model(
+        [
+            node("Range", "a", "b", "c", to="r"), node("Gather", "x", "r", axis=1)], [N, 4],
+        {"a": ints(0)[0], "b": ints(HUGE)[0], "c": ints(1)[0]}), "too large"),
+    "resize": (one("Resize", [1, 1, 2, 2], None, np.array([1, 1, 1e6, 1e6], np.float32), opset=13), "at most"),
+    "upsample": (one("Upsample", [1, 1, 2, 2], np.array([1, 1, 1e30, 1], np.float32), opset=9), "resizes by"),
+    "pad": (one("Pad", [N, 2], ints(0, HUGE, 0, HUGE)), "at most"),
+    "max pool, large window": (one("MaxPool", [N, 1, 8, 8], kernel_shape=[10**9, 10**9], pads=[10**9] * 4), "at most"),
+    "max pool, window above the input": (
+        one("MaxPool", [N, 1, 8, 8], kernel_shape=[10**9, 1]), "larger than its input"),
+    "average pool, large window": (
+        one("AveragePool", [N, 1, 8, 8], kernel_shape=[10**9, 10**9], pads=[10**9] * 4), "at most"),
+    "convolution, large pads": (one("Conv", [N, 1, 4, 4], draw(1, 1, 1, 1), pads=[10**9] * 4), "at most"),
+    "transposed convolution, large steps": (
+        one("ConvTranspose", [N, 1, 4, 4], draw(1, 1, 1, 1), strides=[10**8, 10**8]), "at most"),
+    "doubling": (lambda: doubled(40), "Concat to v.*at most"),
+    "squaring": (lambda: make_model(
+        [node("Reshape", "x", "s", to="c"), node("MatMul", "c", "x")], [1, 10**4],
+        {"s": ints(10**4, 1)}, 17), "at most"),
+    "gather": (one("Gather", [N, 2**20], np.zeros((2**8), np.int64), axis=0), "along the batch"),
+    "gather rows": (one("Gather", [1, 2**20], np.zeros((2**8), np.int64), axis=0), "at most"),
+    "loop": (loop, "node around is a Loop"),
+    "branch": (branch, "Greater to c .*known for constants only"),
+    "cyclic": (cyclic, "not valid"),
+    "foreign": (foreign, r"com\.microsoft\.FusedGelu"),
+    "sorting": (lambda: make_model(
+        [helper.make_node("TopK", ["x", "k"], ["y", "i"], name="best")], [N, 4], {"k": ints(2)}), "best is a TopK"),
+    "places of maxima": (lambda: make_model(
+        [helper.make_node("MaxPool", ["x"], ["m", "i"], kernel_shape=[2, 2]), helper.make_node(
+            "Cast", ["i"], ["f"], to=1), node("Add", "m", "f")], [N, 1, 4, 4], {}), "second output"),
+    "branch on a constant": (lambda: branch(constant=True), "node either is a If"),
+    "computed condition": (lambda: make_model(
+        [node("Greater", "x", "z", to="c"), node("Where", "c", "x", "z")], [N, 4],
+        {"z": scalar(0)}), "known for constants only"),
+    "rounding to integers": (lambda: make_model(
+        [helper.make_node("Cast", ["x"], ["i"], to=7), helper.make_node("Cast", ["i"], ["y"], to=1)], [N, 4], {}),
+        "casts to INT64"),
+    "sum over the batch": (one("ReduceSum", [N, 3], ints(0)), "mixes the batch"),
+    "softmax over the batch": (one("Softmax", [N, 3], axis=0), "mixes the batch"),
+    "joined along the batch": (one("Concat", [N, 3], draw(1, 3), axis=0), "mixes the batch"),
+    "batch and tokens joined": (one("Reshape", [N, 3, 4], ints(-1, 4)), "mixes the batch"),
+    "product with the batch inside": (lambda: make_model(
+        [node("Transpose", "x", perm=[1, 0], to="t"), node("MatMul", "t", "w")], [N, 3],
+        {"w": draw(5, 2)}), "do not fit"),
+    "padding only": (one("MaxPool", [N, 1, 2, 2], kernel_shape=[1, 1], pads=[1, 1, 1, 1]), "nothing but padding"),
+    "not a number": (one("PRelu", [N, 3], np.array([1, np.nan, 0], np.float32)), "NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_refused_by_name_at_once(name: str) -> None:
+    make, message = REFUSED[name]
+    tracemalloc.start()
+    try:
+        with pytest.raises(onnx_file.NetworkFileError, match=message):
+            onnx_file.read(make())
+        assert tracemalloc.get_traced_memory()[1] < 2**31
+    finally:
+        tracemalloc.stop()

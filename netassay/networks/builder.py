@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 #: Numbers of one value, and of all values and constants that the reader makes (those of the file come on top).
-LARGEST_VALUE, LARGEST_GRAPH = 2**26, 2**28
+LARGEST_VALUE, LARGEST_GRAPH = 2**24, 2**28
 
 #: Numbers of the differences x_j - x_i of one softmax; above, it is exp(x_i) / sum_j exp(x_j), whose bounds are looser.
 LARGEST_SOFTMAX = 2**20

@@ -39,6 +39,7 @@ def to_onnx(program: ExportedProgram) -> bytes:
             str(error).strip().partition("\n")[0],
             "torch.onnx.export(..., report=True) where the program was made",
         ) from error
+    assert converted is not None
     data: bytes = converted.model_proto.SerializeToString(deterministic=True)
     onnx_file.model(data)
     return data

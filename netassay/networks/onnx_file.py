@@ -1,16 +1,22 @@
 """ONNX files: read one as a `Graph`, check one before it is submitted, write one from a `Graph`.
 
-The batch axis. A file's tensors carry a batch axis, a graph's values do not. The first axis of a tensor is taken for
+`netassay.networks.operators` has a reader for each operator, `recognise` finds functions that exporters write in
+pieces, `folding` computes what follows from constants alone, `builder` collects the operations.
+
+The batch axis. A file's tensors carry a batch axis, a graph's values do not. The first axis of the input is taken for
 the batch axis where it is symbolic, or where it is 1 and others follow; else the tensor has none. An axis of length one
 does not change a single number, so both readings of a file with a fixed batch of 1 compute the same function. A file
-whose batch is fixed at more than 1 is refused, since it says nothing about one example.
+whose batch is fixed at more than 1 is refused, since it says nothing about one example. A symbolic batch axis may move
+past others and come back, as in attention; a node that joins it with another axis, or computes along it, is refused:
+such a file can be exported with a batch of 1.
 
 Rounding stays where the file has it. A bound on what float32 adds to a graph (`netassay.numerics.bounds.rounding`)
 must hold for a runtime that computes the file's nodes, so nodes are not merged: `Add` of 64 and `Sub` of 64 are two
 operations, each of which rounds at the size of 64, not none. Constants are kept in float64. Only these leave no
 operation of their own:
 
-* what is exact: `Identity`, `Dropout`, adding 0, multiplying or dividing by 1, axes of length one that come or go;
+* what is exact: `Identity`, `Dropout`, adding 0, multiplying or dividing by 1, axes of length one that come or go,
+  numbers that move twice in a row;
 * the first constant added to a product without a bias (`MatMul` + `Add`, `Mul` + `Add`): the sum of n + 1 terms that
   one operation with a bias is anyway. A second constant is an operation again;
 * the alpha and beta of a `Gemm`, which multiply its constants: one more rounding of each term, as if the constants had
@@ -21,6 +27,19 @@ operation for the mean (or the bias of the product before), one for the root, on
 these cover those of a runtime that multiplies by s = gain / sqrt(variance + epsilon) and adds offset - mean s, too.
 Not proven: a runtime that multiplies s into the weights before it. Each weight is then rounded up to four times, where
 the bound allows for once; this shows only where a sum of few terms nearly cancels.
+
+Where a graph rounds more often than a runtime, the bound covers the runtime: what is written with `Relu` (max, clip,
+max pooling, leaky slopes) a runtime computes with at most one rounding, and an error of its operands passes through
+both alike. A mean or an average pooling is a sum of n terms and one factor: n roundings, as the bound allows for n
+products with constants that are rounded themselves. Not covered by any bound on rounding:
+
+* smooth functions (`Activation`): a float32 runtime's own tanh or exp errs as its library does, by some units in the
+  last place, which no standard limits; `x - max x` in a runtime's softmax is not in the graph at all;
+* products of two values, division by a value and the normalisations made of them;
+* recognised pieces, whose constants are taken for the exact ones where they differ by a rounding to float32;
+* resizing by other than whole factors, whose weights a runtime rounds as it likes.
+
+There, `netassay.networks.agreement` compares graph and runtime on samples.
 
 No torch here: the submitting side uses this module.
 """
@@ -325,6 +344,8 @@ class _Reader(Reader):
             found = READERS[node.op_type](self)
             several = found if isinstance(found, list) else [found]
             self.values.update((name, value) for name, value in zip(node.output, several, strict=False) if name)
+        elif known(node) and node.op_type in FOLDED:
+            raise unsupported(node, "computes with the network's values; it is known for constants only")
         else:
             kind = node.op_type if known(node) else f"{node.domain}.{node.op_type}"
             raise UnsupportedOperator(
