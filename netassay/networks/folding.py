@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from netassay.heavy import np, onnx
-from netassay.networks.nodes import BATCH, attributes, broadcast, unsupported
+from netassay.networks.nodes import BATCH, attributes, broadcast, counts_batch, unsupported
 
 if TYPE_CHECKING:
     import numpy
@@ -103,7 +103,7 @@ class Folder:
                 with np.errstate(all="ignore"):
                     rest = left * right if kind == "Mul" else left // np.where(right == 0, 1, right)
                 return arrays, np.where(neutral, BATCH, rest)
-        raise unsupported(node, "computes with the batch size; only copying it into a shape is known")
+        raise counts_batch(node)
 
     def _size(self, node: NodeProto, arrays: list[numpy.ndarray]) -> int:
         """Elements that the node reads and writes, without computing it."""
@@ -134,4 +134,4 @@ class Folder:
 
 
 def _elements(shape: Any) -> int:
-    return math.prod(int(size) for size in shape)
+    return math.prod(max(0, int(size)) for size in shape)

@@ -124,5 +124,14 @@ def mixes(node: NodeProto, does: str) -> UnsupportedOperator:
     )
 
 
+def counts_batch(node: NodeProto) -> UnsupportedOperator:
+    """The refusal of a node that computes with the size of a symbolic batch."""
+    return UnsupportedOperator(
+        f"node {label(node)} ({node.op_type}) computes with the batch size",
+        "only copying it into a shape is known",
+        "export with a batch of 1 instead of a symbolic one",
+    )
+
+
 def mismatch(node: NodeProto, left: FileShape, right: FileShape) -> NetworkFileError:
     return NetworkFileError(f"node {label(node)} multiplies shapes that do not fit: {text(left)} and {text(right)}")

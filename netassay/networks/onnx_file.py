@@ -80,6 +80,7 @@ from netassay.networks.nodes import (
     UnsupportedShape,
     Value,
     attributes,
+    counts_batch,
     full,
     inner,
     known,
@@ -303,6 +304,8 @@ class _Reader(Reader):
                 "the batch is the first axis of input and output",
                 "export with a batch of 1 instead of a symbolic one",
             )
+        if not inner(last.shape):  # one number an example: an axis for it, as with a batch of 1
+            last = self.reshaped(last, (1,))
         whole = Graph(tuple(self.operations), source.name, last.name, inner(shape), inner(last.shape))
         return dataclasses.replace(whole, operations=whole.needed)
 
@@ -358,7 +361,7 @@ class _Reader(Reader):
         shape = self.values[node.input[0]].shape
         if node.op_type == "Size":
             if None in shape:
-                raise unsupported(node, "computes with the batch size; only copying it into a shape is known")
+                raise counts_batch(node)
             return np.array(math.prod(full(shape)), dtype=np.int64)
         sizes = [BATCH if size is None else size for size in shape]
         of = attributes(node)

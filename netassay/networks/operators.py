@@ -18,6 +18,7 @@ from netassay.networks.nodes import (
     NetworkFileError,
     Value,
     attributes,
+    counts_batch,
     full,
     inner,
     label,
@@ -925,7 +926,7 @@ def _slice(reader: Reader) -> Value:
                 raise mixes(reader.node, "cuts the batch axis")
             continue
         if BATCH in (start, end) and (end != BATCH or step > 0):
-            raise reader.refuse("computes with the batch size; only copying it into a shape is known")
+            raise counts_batch(reader.node)
         size = int(value.shape[axis] or 0)
         # numpy counts a negative end from the back, also -1 - size; that is "from before the first" here.
         stop = None if step < 0 and end < -size else end
