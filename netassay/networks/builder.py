@@ -55,7 +55,10 @@ LARGEST_SOFTMAX = 2**20
 
 
 class Builder:
-    """operations: so far. node: the one being read. uses: how often each tensor of the file is read."""
+    """operations: so far. node: the one being read. uses: how often each tensor of the file is read.
+
+    masks: of tensors that hold minus infinity (as masked attention does), where they do; their values hold 0 there.
+    """
 
     node: NodeProto
 
@@ -67,6 +70,7 @@ class Builder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.values: dict[str, Value] = {}
         self.constants: dict[str, numpy.ndarray] = {}
+        self.masks: dict[str, numpy.ndarray] = {}
         self.uses: Counter[str] = Counter()
         self.made = 0
 
@@ -80,6 +84,8 @@ class Builder:
         name = self.node.input[place]
         if name not in self.values:
             raise self.refuse(f"reads {name!r}, which is constant, where a value of the network is expected")
+        if name in self.masks and self.node.op_type != "Softmax":
+            raise self.refuse(f"reads {name!r}, which holds minus infinity; only a Softmax may")
         return self.values[name]
 
     def has(self, place: int) -> bool:
@@ -409,8 +415,13 @@ class Builder:
         assert best is not None
         return best
 
-    def softmax(self, value: Value, axes: Sequence[int], log: bool = False) -> Value:
-        """1 / sum_j exp(x_j - x_i), j over axes; its logarithm. Of two numbers it is sigmoid(x_i - x_j)."""
+    def softmax(self, value: Value, axes: Sequence[int], log: bool = False, mask: numpy.ndarray | None = None) -> Value:
+        """1 / sum_j exp(x_j - x_i), j over axes; its logarithm. Of two numbers it is sigmoid(x_i - x_j).
+
+        Where the mask is set, x is minus infinity: no term of any sum, and the result is 0.
+        """
+        if mask is not None:
+            return self._masked_softmax(value, axes, mask)
         rows, _ = self._rows(value, axes, True)
         n = rows.shape[-1]
         lead = self._kept(value, axes)
@@ -438,6 +449,24 @@ class Builder:
                 shares = self.scaled(self.activated(total, "log"), -1.0) if log else self.inverse(total)
         back = np.empty(rows.size, dtype=np.int64)
         back[rows.reshape(-1)] = np.arange(rows.size)
+        return self.picked(shares, back, value.shape)
+
+    def _masked_softmax(self, value: Value, axes: Sequence[int], mask: numpy.ndarray) -> Value:
+        rows, _ = self._rows(value, axes, True)
+        n = rows.shape[-1]
+        lead = self._kept(value, axes)
+        there = ~np.broadcast_to(mask, full(value.shape)).reshape(-1)[rows]
+        if not there.any(axis=-1).all():
+            raise self.refuse("reads minus infinity alone")
+        self.room(rows.size, n)
+        pairs = there[..., None, :] & there[..., :, None] & ~np.eye(n, dtype=bool)
+        theirs = self.picked(value, np.where(pairs, rows[..., None, :], -1), (*lead, n, n))
+        own = self.picked(value, np.where(pairs, rows[..., :, None], -1), (*lead, n, n))
+        differences = self.summed(theirs, own, (1.0, -1.0))
+        terms = self.scaled(self.activated(differences, "exp"), pairs.reshape(inner(differences.shape)))
+        shares = self.inverse(self.dense(terms, np.ones((1, n)), np.ones(1)))
+        back = np.empty(rows.size, dtype=np.int64)
+        back[rows.reshape(-1)] = np.where(there.reshape(-1), np.arange(rows.size), -1)
         return self.picked(shares, back, value.shape)
 
     def normalised(self, value: Value, axes: Sequence[int], epsilon: float, centred: bool = True) -> Value:

@@ -287,6 +287,8 @@ class _Reader(Reader):
         for node in nodes:
             if node.output[0] not in inside and not any(name in self.constants for name in node.output):
                 self._node(node, found.get(node.output[0]))
+        if output in self.masks:
+            raise UnsupportedOperator(f"output {output!r} holds minus infinity; only a Softmax may read it")
         if output not in self.values:
             raise UnsupportedShape(f"output {output!r} does not depend on the input {source.name!r}")
 
@@ -333,6 +335,8 @@ class _Reader(Reader):
     def _node(self, node: NodeProto, piece: Piece | None) -> None:
         self.node = node
         if piece is not None:
+            if piece.source in self.masks:
+                raise unsupported(node, f"reads {piece.source!r}, which holds minus infinity; only a Softmax may")
             value = self.values[piece.source]
             self.values[node.output[0]] = (
                 self.softmax(value, self.axes(piece.axes, len(value.shape)))

@@ -235,11 +235,17 @@ def _dropout(reader: Reader) -> Value:
 
 
 def _add(reader: Reader) -> Value:
-    a, b = reader.operand(0), reader.operand(1)
-    if isinstance(a, Value) and isinstance(b, Value):
-        return reader.summed(a, b)
-    value, constant = (a, b) if isinstance(a, Value) else (b, a)
-    return reader.affine(value, np.ones(()), constant)  # type: ignore[arg-type]
+    for place in (0, 1):
+        if reader.is_constant(place):
+            constant = reader.constant(place, infinite=True)
+            value, mask = reader.value(1 - place), constant == -np.inf
+            if mask.any():
+                shape = reader.common(value.shape, constant.shape)
+                reader.masks[reader.node.output[0]] = np.broadcast_to(mask, full(shape))
+                # Where x is masked, nothing reads what its value holds.
+                constant = np.where(mask, 0.0, constant)
+            return reader.affine(value, np.ones(()), constant)
+    return reader.summed(reader.value(0), reader.value(1))
 
 
 def _sub(reader: Reader) -> Value:
@@ -314,7 +320,9 @@ def _where(reader: Reader) -> Value:
     condition = reader.constants.get(reader.node.input[0])
     if condition is None:
         raise reader.refuse("chooses by a condition computed from the network's input; it has to be constant")
-    parts = [reader.operand(1), reader.operand(2)]
+    parts = [
+        reader.constant(place, infinite=True) if reader.is_constant(place) else reader.value(place) for place in (1, 2)
+    ]
     shape = reader.common(condition.shape, *(part.shape for part in parts))
     sizes = full(shape)
     reader.room(*sizes)
@@ -328,6 +336,9 @@ def _where(reader: Reader) -> Value:
         else:
             fill = np.where(mask, np.broadcast_to(part, sizes), fill)
     assert total is not None
+    if (fill == -np.inf).any():
+        reader.masks[reader.node.output[0]] = fill == -np.inf
+        fill = np.where(fill == -np.inf, 0.0, fill)
     return reader.scaled(total, np.ones(()), fill.reshape(inner(shape))) if fill.any() else total
 
 
@@ -723,9 +734,9 @@ def _softmax(log: bool) -> Read:
     def read(reader: Reader) -> Value:
         value = reader.value()
         rank = len(value.shape)
-        if reader.opset < 13:  # all axes from this one on are one
-            return reader.softmax(value, list(range(reader.axis(1, rank), rank)), log)
-        return reader.softmax(value, [reader.axis(-1, rank)], log)
+        # Before set 13, all axes from this one on are one.
+        axes = list(range(reader.axis(1, rank), rank)) if reader.opset < 13 else [reader.axis(-1, rank)]
+        return reader.softmax(value, axes, log, reader.masks.get(reader.node.input[0]))
 
     return read
 
