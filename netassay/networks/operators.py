@@ -239,7 +239,9 @@ def _add(reader: Reader) -> Value:
         if reader.is_constant(place):
             constant = reader.constant(place, infinite=True)
             value, mask = reader.value(1 - place), constant == -np.inf
-            if mask.any():
+            if not mask.any():
+                constant = reader.constant(place)
+            else:
                 shape = reader.common(value.shape, constant.shape)
                 reader.masks[reader.node.output[0]] = np.broadcast_to(mask, full(shape))
                 # Where x is masked, nothing reads what its value holds.
