@@ -53,13 +53,17 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
     import onnxruntime
+    import scipy.optimize as scipy_optimize
+    import scipy.sparse as scipy_sparse
     import sklearn.datasets as sklearn_datasets
     import torch
 else:
     np = LazyModule("numpy")
     onnx = LazyModule("onnx")
     onnxruntime = LazyModule("onnxruntime")
+    scipy_optimize = LazyModule("scipy.optimize")
+    scipy_sparse = LazyModule("scipy.sparse")
     sklearn_datasets = LazyModule("sklearn.datasets")
     torch = LazyModule("torch")
 
-__all__ = ["LazyModule", "np", "onnx", "onnxruntime", "sklearn_datasets", "torch"]
+__all__ = ["LazyModule", "np", "onnx", "onnxruntime", "scipy_optimize", "scipy_sparse", "sklearn_datasets", "torch"]
