@@ -85,8 +85,8 @@ class Pgd(Contract):
 
 class Sabr(Contract):
     """Worst-case cross-entropy by interval bounds in a box of radius `share` x radius within the whole one, as near as
-    it fits to a point that `steps` of projected gradient descent find (Mueller et al. 2023). With a share of 1 nothing
-    is attacked: it is interval bound propagation with the worst case as the only loss."""
+    it fits to a point that `steps` of projected gradient descent find (Mueller et al. 2023). While the radius grows,
+    the cross-entropy at the example is mixed in, its share falling from 1 to 0: share 1 is `Ibp` with kappa 0."""
 
     kind: Literal["sabr"] = "sabr"
     radius: Positive = 0.05
@@ -98,7 +98,8 @@ class Sabr(Contract):
 class CrownIbp(Contract):
     """Worst-case cross-entropy by linear bounds mixed with interval bounds (Zhang et al. 2020): beta x the bound of one
     backward pass over ReLU inputs bounded by intervals, + (1 - beta) x the interval bound. While the radius grows, beta
-    falls linearly from 1 to `beta`; 0 ends in interval bounds alone."""
+    falls linearly from 1 to `beta` (0: interval bounds alone), and the cross-entropy at the example is mixed in, its
+    share falling from 1 to 0."""
 
     kind: Literal["crown_ibp"] = "crown_ibp"
     radius: Positive = 0.05

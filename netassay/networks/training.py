@@ -216,24 +216,22 @@ def _loss(
         radius, kappa = schedule(training, progress)
     elif isinstance(training, Pgd | Sabr | CrownIbp):
         radius = ramped(training, progress)
+        kappa = 1.0 - radius / training.radius
     if radius == 0.0:
         return cross_entropy(evaluate.forward(graph, x, weights), y)
-    if isinstance(training, Sabr) and training.share == 1.0:
-        return cross_entropy(_margins(graph, weights, x, y, radius)[1], y)
-    if isinstance(training, Pgd | Sabr):
+    if isinstance(training, Pgd):
         attacked = worst_cases.attacked(graph, weights, x, y, radius, training.steps, generator)
-        if isinstance(training, Pgd):
-            return cross_entropy(evaluate.forward(graph, attacked, weights), y)
+        return cross_entropy(evaluate.forward(graph, attacked, weights), y)
+    nominal, worst = _margins(graph, weights, x, y, radius)
+    if isinstance(training, Sabr):
+        attacked = worst_cases.attacked(graph, weights, x, y, radius, training.steps, generator)
         room = (1.0 - training.share) * radius
         middle = torch.minimum(torch.maximum(attacked, x - room), x + room)
-        return cross_entropy(_margins(graph, weights, middle, y, training.share * radius)[1], y)
+        worst = _margins(graph, weights, middle, y, training.share * radius)[1]
     if isinstance(training, CrownIbp):
         beta = 1.0 - (1.0 - training.beta) * radius / training.radius
-        linear = worst_cases.linear_margins(graph, weights, x, y, radius)
-        boxes = _margins(graph, weights, x, y, radius)[1]
         # A mean of two upper bounds is one.
-        return cross_entropy(beta * linear + (1.0 - beta) * boxes, y)
-    nominal, worst = _margins(graph, weights, x, y, radius)
+        worst = beta * worst_cases.linear_margins(graph, weights, x, y, radius) + (1.0 - beta) * worst
     # Cross-entropy of margins: the entry of the true class is 0 in both, as in equations 9 and 11.
     return kappa * cross_entropy(nominal, y) + (1.0 - kappa) * cross_entropy(worst, y)
 

@@ -440,7 +440,7 @@ def test_the_plot_shows_closed_forms_and_a_point_for_each_trained_network() -> N
     line, points = panels["at initialisation, against width"].marks
     assert (line.x, line.y, line.dashed, line.label) == ([10, 20], [0.2, 0.1], True, "depth 2")
     assert (points.x, points.y, points.label) == ([10, 20], [0.1, 0.05], "depth 2")
-    assert [(mark.label, mark.y) for mark in panels["after training"].marks] == [
+    assert [(mark.label, mark.y) for mark in panels["after training, depth 3, radius 0.1"].marks] == [
         ("ibp", [0.4, 0.6]),
         ("before", [0.1, 0.1]),
     ]

@@ -15,8 +15,9 @@ no bound over a box of some radius: what such bounds prove is in the accuracies.
 * `training`: an mlp of `depth` layers, the hidden ones of `width`, trained here on the split train (cross-entropy of,
   for `standard`, the example; for `pgd`, an attacked point of the box of `radius`; for `ibp`, the worst case that IBP
   allows in it; for `sabr`, in a box of `share` x radius around an attacked point; for `crown_ibp`, a mixture of linear
-  and interval bounds that ends at `share` linear). The radius grows from 0 over the first half of training. Adam, its
-  rate falling to 0 along half a cosine. Measured as for `network`, and tau before training too.
+  and interval bounds that ends at `share` linear). Over the first half of training the radius grows from 0, and what
+  bounds give is mixed with the loss at the example, whose share falls from 1 to 0: without that, networks of 5 layers
+  died. Adam, its rate falling to 0 along half a cosine. Measured as for `network`, and tau before training too.
 * `initialisation`: `samples` networks with weights from N(0, 1), `inputs` inputs and 10 outputs, with ReLUs (each at an
   input of its own from N(0, 1)) or linear. The mean half-widths have the ratio, exactly for linear layers,
 
@@ -228,12 +229,12 @@ def needs(params: Params) -> Needs:
     inner = max(0, params.depth - 2) * params.width**2
     weights = params.width * (params.inputs + OUTPUTS) + inner
     if params.experiment == "initialisation":
-        # Two products of OUTPUTS rows, and the draws themselves, at some 1e8 normals a second.
-        seconds = 0.05 + params.samples * (3e-4 + 1.5e-8 * weights)
+        # Two products of OUTPUTS rows, and the draws themselves, of which there are as many as weights.
+        seconds = 0.05 + params.samples * (3e-4 + 4e-8 * weights)
         return Needs(seconds=seconds, memory=memory, libraries=libraries)
     if params.experiment == "reconstruction":
         return Needs(
-            seconds=0.1 + params.starts * 1e-4 * (params.inputs * params.width) ** 0.5 * 30,
+            seconds=0.1 + params.starts * 0.02 * (params.inputs * params.width) ** 0.5,
             memory=memory,
             libraries=libraries,
         )
@@ -241,7 +242,7 @@ def needs(params: Params) -> Needs:
     if params.experiment == "training":
         passes = {"standard": 3, "pgd": 24, "ibp": 9, "sabr": 33, "crown_ibp": 60}[params.training]
         steps = params.epochs * 20
-        seconds += steps * (4e-4 * passes**0.5 + passes * params.batch * weights / 4e9)
+        seconds += steps * (4e-4 * passes**0.5 + passes * params.batch * weights / 1e10)
     return Needs(seconds=seconds, memory=memory, libraries=libraries)
 
 
@@ -266,14 +267,11 @@ def _network(params: Params) -> Result:
 
 
 def recipe_of(params: Params) -> recipes.Recipe:
-    """What `training` trains, as a recipe: `networks.train` gives the same network.
-
-    ibp is sabr whose small box is the whole one: the recipes' own `ibp` mixes in the loss at the example.
-    """
+    """What `training` trains, as a recipe: `networks.train` gives the same network."""
     kinds: dict[str, dict[str, Any]] = {
         "standard": {"kind": "standard"},
         "pgd": {"kind": "pgd"},
-        "ibp": {"kind": "sabr", "share": 1.0},
+        "ibp": {"kind": "ibp", "warm_up": 0.0, "kappa": 0.0},
         "sabr": {"kind": "sabr", "share": params.share},
         "crown_ibp": {"kind": "crown_ibp", "beta": params.share},
     }
@@ -514,8 +512,6 @@ def plot(records: list[Record]) -> Figure:
     caption = f"{len(records):,} jobs" + (f", {missing:,} of them without a result" if missing else "")
     if of["initialisation"]:
         caption += ". At initialisation: points are measured, dashed lines are the closed form"
-    if of["training"]:
-        caption += ". After training: means over depths, radii and seeds"
     return Figure(
         title="Tightness of interval bounds",
         caption=f"{caption}.",
@@ -568,18 +564,23 @@ def _at_start(done: _Done, along: str, apart: str) -> Panel | None:
 
 
 def _after_training(done: _Done) -> Panel | None:
-    """A line for each training, over all its depths, radii and seeds; dashed: before training."""
-    marks: list[Any] = []
+    """A line for each training, of the depth and radius that have the most widths; dashed: before training."""
+    widths: defaultdict[tuple[int, float], set[int]] = defaultdict(set)
+    for params, _ in done:
+        widths[params.depth, params.radius].add(params.width)
+    depth, radius = max(widths, key=lambda key: (len(widths[key]), key), default=(0, 0.0))
+    done = [(params, record) for params, record in done if (params.depth, params.radius) == (depth, radius)]
     before = _means((params.width, _value(record, "tau_initial")) for params, record in done)
     if len(before) < 2:
         return None
+    marks: list[Any] = []
     for training in TRAININGS:
         taus = _means((params.width, _value(record, "tau")) for params, record in done if params.training == training)
         if taus:
             marks.append(Line(x=list(taus), y=list(taus.values()), label=training, points=True))
     marks.append(Line(x=list(before), y=list(before.values()), label="before", dashed=True))
     return Panel(
-        title="after training",
+        title=f"after training, depth {depth}, radius {radius:g}",
         x=Axis(label="width", scale="log"),
         y=Axis(label="tightness", scale="log"),
         marks=marks,
