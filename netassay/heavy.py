@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
     import onnxruntime
+    import scipy.optimize as scipy_optimize
+    import scipy.sparse as scipy_sparse
     import sklearn.datasets as sklearn_datasets
     import torch
     import vnnlib as vnnlib_2
@@ -60,8 +62,20 @@ else:
     np = LazyModule("numpy")
     onnx = LazyModule("onnx")
     onnxruntime = LazyModule("onnxruntime")
+    scipy_optimize = LazyModule("scipy.optimize")
+    scipy_sparse = LazyModule("scipy.sparse")
     sklearn_datasets = LazyModule("sklearn.datasets")
     torch = LazyModule("torch")
     vnnlib_2 = LazyModule("vnnlib")
 
-__all__ = ["LazyModule", "np", "onnx", "onnxruntime", "sklearn_datasets", "torch", "vnnlib_2"]
+__all__ = [
+    "LazyModule",
+    "np",
+    "onnx",
+    "onnxruntime",
+    "scipy_optimize",
+    "scipy_sparse",
+    "sklearn_datasets",
+    "torch",
+    "vnnlib_2",
+]

@@ -70,6 +70,43 @@ class Ibp(Contract):
         return self
 
 
+class Pgd(Contract):
+    """Cross-entropy at a point that `steps` of projected gradient descent find in the box (Madry et al. 2018).
+
+    Over the first `ramp` of all steps of training the radius grows linearly from 0 to `radius`; here and in the kinds
+    below the box is [x - radius, x + radius], as for `Ibp` not cut to [0, 1].
+    """
+
+    kind: Literal["pgd"] = "pgd"
+    radius: Positive = 0.05
+    ramp: Probability = 0.5
+    steps: Annotated[Count, Field(le=1_000)] = 7
+
+
+class Sabr(Contract):
+    """Worst-case cross-entropy by interval bounds in a box of radius `share` x radius within the whole one, as near as
+    it fits to a point that `steps` of projected gradient descent find (Mueller et al. 2023). While the radius grows,
+    the cross-entropy at the example is mixed in, its share falling from 1 to 0: share 1 is `Ibp` with kappa 0."""
+
+    kind: Literal["sabr"] = "sabr"
+    radius: Positive = 0.05
+    ramp: Probability = 0.5
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    steps: Annotated[Count, Field(le=1_000)] = 7
+
+
+class CrownIbp(Contract):
+    """Worst-case cross-entropy by linear bounds mixed with interval bounds (Zhang et al. 2020): beta x the bound of one
+    backward pass over ReLU inputs bounded by intervals, + (1 - beta) x the interval bound. While the radius grows, beta
+    falls linearly from 1 to `beta` (0: interval bounds alone), and the cross-entropy at the example is mixed in, its
+    share falling from 1 to 0."""
+
+    kind: Literal["crown_ibp"] = "crown_ibp"
+    radius: Positive = 0.05
+    ramp: Probability = 0.5
+    beta: Probability = 0.0
+
+
 class Spectral(Contract):
     """Cross-entropy, with every layer's spectral norm held at or below `ceiling` after each step."""
 
@@ -83,11 +120,14 @@ class Spectral(Contract):
 _BY_TRAINING: dict[str, dict[str, Any]] = {
     "standard": {"batch": 64, "learning_rate": 2e-3, "weight_decay": 1e-4},
     "ibp": {"batch": 64, "learning_rate": 5e-3, "weight_decay": 0.0},
+    "pgd": {"batch": 64, "learning_rate": 2e-3, "weight_decay": 0.0},
+    "sabr": {"batch": 64, "learning_rate": 5e-3, "weight_decay": 0.0},
+    "crown_ibp": {"batch": 64, "learning_rate": 5e-3, "weight_decay": 0.0},
     "spectral": {"batch": 64, "learning_rate": 2e-3, "weight_decay": 0.0},
 }
-#: Optimiser steps that the epochs make up where the recipe does not say: 40, 120 and 60 epochs of digits, and more
+#: Optimiser steps that the epochs make up where the recipe does not say: 40, 120 or 60 epochs of digits, and more
 #: epochs of a smaller set (with 40 epochs, iris would get 80 steps and stop at 80 % accuracy).
-_STEPS = {"standard": 760, "ibp": 2280, "spectral": 1140}
+_STEPS = {"standard": 760, "ibp": 2280, "pgd": 2280, "sabr": 2280, "crown_ibp": 2280, "spectral": 1140}
 
 
 class Recipe(Contract):
@@ -98,7 +138,7 @@ class Recipe(Contract):
     dataset: DatasetRef = "digits"
     seed: Seed = 0
     architecture: Annotated[Mlp | Cnn, Field(discriminator="kind")] = Mlp()
-    training: Annotated[Standard | Ibp | Spectral, Field(discriminator="kind")] = Standard()
+    training: Annotated[Standard | Ibp | Pgd | Sabr | CrownIbp | Spectral, Field(discriminator="kind")] = Standard()
     epochs: Annotated[int, Field(ge=1, le=100_000)]
     batch: Count
     learning_rate: Positive

@@ -6,7 +6,8 @@ layer), then one permutation of the examples an epoch; no global state is read o
 one thread agree bit for bit. Across machines and versions of PyTorch they agree in distribution only.
 
 Weights start from He's uniform distribution, W ~ U(-sqrt(6 / n), sqrt(6 / n)) with n inputs to a unit, and biases at 0.
-Optimiser: AdamW, the learning rate falling to 0 along half a cosine.
+Optimiser: AdamW, the learning rate falling to 0 along half a cosine. Training that attacks draws the starts of its
+attack from the same generator, batch by batch.
 
 References:
 He, Zhang, Ren, Sun. Delving deep into rectifiers. 2015 (equation 10: variance 2 / n).
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING
 from netassay import data
 from netassay.heavy import np, torch
 from netassay.method import InvalidInput, NumericalError
-from netassay.networks import evaluate
+from netassay.networks import evaluate, worst_cases
 from netassay.networks.graph import Conv, Dense, Graph, Operation, Relu, Reshape
-from netassay.networks.recipes import Cnn, Ibp, Recipe, Spectral
+from netassay.networks.recipes import Cnn, CrownIbp, Ibp, Pgd, Recipe, Sabr, Spectral
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,7 @@ def train(recipe: Recipe) -> Trained:
             for group in optimiser.param_groups:
                 group["lr"] = recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / total))
             optimiser.zero_grad()
-            loss = _loss(recipe, graph, weights, x[chosen], y[chosen], step / total)
+            loss = _loss(recipe, graph, weights, x[chosen], y[chosen], step / total, generator)
             loss.backward()
             optimiser.step()
             _project(recipe, graph, weights)
@@ -199,17 +200,45 @@ def _baked(graph: Graph, weights: Weights) -> Graph:
     return replace(graph, operations=tuple(with_weights(op) for op in graph.operations))
 
 
-def _loss(recipe: Recipe, graph: Graph, weights: Weights, x: Tensor, y: Tensor, progress: float) -> Tensor:
+def _loss(
+    recipe: Recipe,
+    graph: Graph,
+    weights: Weights,
+    x: Tensor,
+    y: Tensor,
+    progress: float,
+    generator: torch.Generator,
+) -> Tensor:
     """Mean loss of a batch at this share of all steps."""
-    cross_entropy = torch.nn.functional.cross_entropy
-    if not isinstance(recipe.training, Ibp):
-        return cross_entropy(evaluate.forward(graph, x, weights), y)
-    radius, kappa = schedule(recipe.training, progress)
+    cross_entropy, training = torch.nn.functional.cross_entropy, recipe.training
+    radius, kappa = 0.0, 1.0
+    if isinstance(training, Ibp):
+        radius, kappa = schedule(training, progress)
+    elif isinstance(training, Pgd | Sabr | CrownIbp):
+        radius = ramped(training, progress)
+        kappa = 1.0 - radius / training.radius
     if radius == 0.0:
         return cross_entropy(evaluate.forward(graph, x, weights), y)
+    if isinstance(training, Pgd):
+        attacked = worst_cases.attacked(graph, weights, x, y, radius, training.steps, generator)
+        return cross_entropy(evaluate.forward(graph, attacked, weights), y)
     nominal, worst = _margins(graph, weights, x, y, radius)
+    if isinstance(training, Sabr):
+        attacked = worst_cases.attacked(graph, weights, x, y, radius, training.steps, generator)
+        room = (1.0 - training.share) * radius
+        middle = torch.minimum(torch.maximum(attacked, x - room), x + room)
+        worst = _margins(graph, weights, middle, y, training.share * radius)[1]
+    if isinstance(training, CrownIbp):
+        beta = 1.0 - (1.0 - training.beta) * radius / training.radius
+        # A mean of two upper bounds is one.
+        worst = beta * worst_cases.linear_margins(graph, weights, x, y, radius) + (1.0 - beta) * worst
     # Cross-entropy of margins: the entry of the true class is 0 in both, as in equations 9 and 11.
     return kappa * cross_entropy(nominal, y) + (1.0 - kappa) * cross_entropy(worst, y)
+
+
+def ramped(training: Pgd | Sabr | CrownIbp, progress: float) -> float:
+    """The radius at a share of all steps in 0..1."""
+    return training.radius * (min(progress / training.ramp, 1.0) if training.ramp > 0 else 1.0)
 
 
 def schedule(training: Ibp, progress: float) -> tuple[float, float]:

@@ -7,13 +7,15 @@ test example). The curves hold one number an epoch: `loss`, the mean training lo
 and radius of that moment, so it may rise while they ramp up), and the two accuracies as fractions. The network is kept
 as an ONNX file (float32, weights as they stand after the last step): `network` is its reference.
 
-Kinds of training: `standard` cross-entropy; `ibp`, interval bound propagation; `spectral`, every layer's spectral norm
-at or below a ceiling. It is no tuning: no validation split, no early stopping, no data augmentation. Same recipe, same
-machine, one thread: the same bytes.
+Kinds of training: `standard` cross-entropy; `ibp`, interval bound propagation; `pgd`, at attacked points; `sabr`,
+interval bounds in small boxes around these; `crown_ibp`, linear and interval bounds mixed; `spectral`, every layer's
+spectral norm at or below a ceiling. It is no tuning: no validation split, no early stopping, no data augmentation. Same
+recipe, same machine, one thread: the same bytes.
 
-Cost: epochs x examples x multiply-adds of the network, x 3 for forward and backward, x 3 more for ibp; spectral adds a
-singular value decomposition of every weight a step, which dominates above a width of some hundreds. There is no
-`run_many`: recipes differ in what they draw and in length, and one small network already fills a core.
+Cost: epochs x examples x multiply-adds of the network, x 3 for forward and backward, x 3 more for ibp; each step of an
+attack costs as much as a step of standard training, and crown_ibp as much for each class. spectral adds a singular
+value decomposition of every weight a step, which dominates above a width of some hundreds. There is no `run_many`:
+recipes differ in what they draw and in length, and one small network already fills a core.
 
 Reference: Gowal, Dvijotham, Stanforth, Bunel, Qin, Uesato, Arandjelovic, Mann, Kohli. On the effectiveness of interval
 bound propagation for training verifiably robust models. 2018.
@@ -81,8 +83,14 @@ def needs(params: Params) -> Needs:
         weights, multiply_adds = _size(recipe)
     except MissingArtifact:  # asked about a recipe or dataset that is kept elsewhere: a small one is the best guess
         return Needs(seconds=5.0, libraries=("numpy", "torch", "sklearn.datasets"))
-    passes = 3 * (3 if recipe.training.kind == "ibp" else 1)
-    seconds_a_step = 1.5e-3 + passes * recipe.batch * multiply_adds / 4e9
+    passes, overhead = 3, 1.5e-3
+    if recipe.training.kind in ("ibp", "sabr"):
+        passes = 9
+    elif recipe.training.kind == "crown_ibp":
+        passes, overhead = 9 + 3 * data.classes(recipe.dataset), 4e-3
+    if isinstance(recipe.training, recipes.Pgd | recipes.Sabr):
+        passes, overhead = passes + 3 * recipe.training.steps, overhead + 3e-4 * recipe.training.steps
+    seconds_a_step = overhead + passes * recipe.batch * multiply_adds / 4e9
     if recipe.training.kind == "spectral":
         # 20 n^3: the textbook count for a full decomposition (Golub, Van Loan. Matrix computations, table 8.6.1).
         seconds_a_step += sum(20 * min(shape) ** 2 * max(shape) for shape in weights) / 4e9
