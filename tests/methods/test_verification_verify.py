@@ -21,7 +21,7 @@ from netassay import networks, vnnlib  # noqa: E402
 from netassay.job import Record  # noqa: E402
 from netassay.method import Failure, InvalidInput, NotApplicable  # noqa: E402
 from netassay.methods.verification import verify  # noqa: E402
-from netassay.networks import onnx_file  # noqa: E402
+from netassay.networks import evaluate, onnx_file  # noqa: E402
 from netassay.networks.graph import Conv, Dense, Graph, Relu, Reshape, Scale  # noqa: E402
 from netassay.store import artifacts  # noqa: E402
 from producer.references import Resolver  # noqa: E402
@@ -505,9 +505,45 @@ def test_a_file_that_is_no_network_is_invalid() -> None:
         verify.run(params)
 
 
-def test_a_sum_too_long_for_float32_bounds_is_not_applicable() -> None:
+def test_of_a_sum_too_long_for_float32_bounds_real_arithmetic_is_proven() -> None:
     network = dense((np.ones((170_000, 1)), np.zeros(170_000)), (np.ones((1, 170_000)), [0]))
-    with pytest.raises(NotApplicable, match="too wide"):
+    result = verify.run(ask(network, [[(0, 1)]], "(<= Y_0 -1)"))
+    assert (result.verdict, result.arithmetic) == ("unsat", "real")
+
+
+def other(kind: str) -> str:
+    """A network 2 -> 3 -> 1 with one operator between two products; its reference."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"]),
+        helper.make_node(kind, ["h"], ["f"]),
+        helper.make_node("Gemm", ["f", "v"], ["y"]),
+    ]
+    constants = {"w": [[1, -1, 0.5], [1, 2, -1]], "b": [0, 0.5, -0.5], "v": [[1], [-1], [2]]}
+    tensors = [numpy_helper.from_array(np.array(of, np.float32), name) for name, of in constants.items()]
+    info = helper.make_tensor_value_info
+    ends = [info("x", TensorProto.FLOAT, ["n", 2])], [info("y", TensorProto.FLOAT, ["n", 1])]
+    graph = helper.make_graph(nodes, kind, *ends, tensors)
+    opset = helper.make_opsetid("", 20)
+    return networks.keep(helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString())
+
+
+@pytest.mark.parametrize("kind", ["Tanh", "Sigmoid", "Gelu", "Sin", "LeakyRelu", "HardSwish", "Softplus", "Abs"])
+def test_networks_of_any_function_are_decided_around_their_least_value(kind: str) -> None:
+    network = other(kind)
+    grid = np.stack(np.meshgrid(np.linspace(-1, 1, 201), np.linspace(-1, 1, 201)), -1).reshape(-1, 2)
+    graph = networks.load(network)
+    least = float(evaluate.forward(graph, torch.from_numpy(grid)).min())
+    box = [(-1, 1), (-1, 1)]
+    below, above = (verify.run(ask(network, [box], f"(<= Y_0 {least + gap:.9f})")) for gap in (-0.05, 0.01))
+    assert (below.verdict, above.verdict) == ("unsat", "sat")
+    assert kind in ("LeakyRelu", "Abs") or below.arithmetic == "real"  # nobody knows a runtime's tanh
+
+
+def test_a_graph_that_is_not_its_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = dense(([[1]], [0]))
+    wrong = networks.load(dense(([[1.001]], [0])))
+    monkeypatch.setattr(verify.networks, "load", lambda reference: wrong)
+    with pytest.raises(InvalidInput, match="not what onnxruntime computes"):
         verify.run(ask(network, [[(0, 1)]], "(<= Y_0 -1)"))
 
 

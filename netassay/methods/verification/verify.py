@@ -13,8 +13,9 @@ shape in the file. Stages, each for the (box, conjunction) pairs that the ones b
 3. crown: backward linear bounds (Zhang et al. 2018), every layer bounded backward; `crown_ibp`: between boxes;
 4. attack again, from the corners where the linear bounds of stage 3 are least;
 5. splitting: branch and bound over the inputs (`netassay.numerics.branch_and_bound.inputs`), where these are at most
-   `INPUTS`: parts of the box are bounded and halved until all are refuted, one holds a counterexample, or `budget` of
-   them were bounded. Boxes of more inputs are not split.
+   `INPUTS`, else over what single ReLUs do (`netassay.numerics.branch_and_bound.activations`): parts of the box are
+   bounded and halved until all are refuted, one holds a counterexample, or `budget` is used up. Of a network with more
+   inputs and other functions than ReLU nothing is split here: see `verification.branch_and_bound_general`.
 
 The margin of a pair is max over k of (a lower bound of min c_k.f) - b_k, in units of the property: above 0 it is
 refuted. (Of a conjunction that was split, in units of its first constraint.) Of a box that was split it is the least
@@ -25,8 +26,9 @@ What "unsat" means in floating point: the bounds are computed in float64 with an
 taken off, on the box rounded outward: they hold in real arithmetic. Those of stages 1 and 3 hold, as for
 `verification.certify`, also for every float32 evaluation of the network, in any order of summation, at every float32
 input of the box, whose worst-case error is taken off too (`netassay.numerics.bounds.rounding` says what is not
-covered); where such an evaluation might overflow, they claim nothing. Splitting proves real arithmetic only: near a
-knife's edge a float32 evaluation may then still be unsafe. What "sat" means: the counterexample consists of float32
+covered); where such an evaluation might overflow, they claim nothing. Splitting proves real arithmetic only, and so do
+all stages for networks with functions such as tanh, or with sums too long for a useful error bound: near a knife's edge
+a float32 evaluation may then still be unsafe. What "sat" means: the counterexample consists of float32
 numbers, lies in the box of the decimals as they are written, and the outputs that onnxruntime computes of it from the
 original file meet the constraints, both in exact arithmetic, without any tolerance. `arithmetic` says whether real
 arithmetic agrees; where it does not, the property may hold in one and fail in the other.
@@ -37,7 +39,9 @@ margins agree to 1e-9 relative to the largest intermediate value of the network 
 
 Cost: for each box ibp one product with |W| a layer, and crown O(sum over layers of n^3) for width n; for each pair the
 attack, samples + 2 steps restarts evaluations. A part of a split box costs some 35 us for a network of 5-50x6-5, so
-that the usual budget is used up within the minute that a job has where nobody says otherwise.
+that the usual budget is used up within the minute that a job has where nobody says otherwise; of larger networks a part
+costs more, and a job needs a time limit of its own. A file is read as a graph, and the graph held to onnxruntime on a
+few random inputs (`netassay.networks.agreement`), before anything is computed with it.
 
 Reference: Bak, Liu, Johnson. The second international verification of neural networks competition (VNN-COMP 2021):
 summary and results. 2021.
@@ -50,6 +54,7 @@ Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -67,14 +72,14 @@ from netassay.fields import AnyNetworkRef, Array, Count, Index, PropertyRef, See
 from netassay.figure import Axis, Bars, Figure, Panel, Points
 from netassay.heavy import np, torch
 from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable
-from netassay.networks import onnx_file
-from netassay.networks.graph import Graph
+from netassay.networks import agreement, onnx_file
+from netassay.networks.graph import Activation, Graph, Product
 from netassay.numerics import attacks, replay
 from netassay.numerics.bounds import backward, interval, rounding
 from netassay.numerics.bounds.interval import Interval
-from netassay.numerics.bounds.linear import operations
+from netassay.numerics.bounds.linear import operations, weights
 from netassay.numerics.bounds.regions import Box
-from netassay.numerics.branch_and_bound import inputs
+from netassay.numerics.branch_and_bound import activations, inputs
 from netassay.vnnlib import Case, Conjunction
 
 if TYPE_CHECKING:
@@ -82,7 +87,7 @@ if TYPE_CHECKING:
 
     from netassay.job import Record
 
-VERSION = 2
+VERSION = 3
 #: Of a trained network: training magnifies the last bit of a processor's arithmetic.
 GOLDEN_TOLERANCE = 0.05
 
@@ -101,7 +106,7 @@ class Params(Contract):
     steps: Annotated[Index, Field(le=10_000)] = 30
     """gradient steps of each start"""
     budget: Annotated[Index, Field(le=1_000_000_000)] = 1_000_000
-    """parts of its boxes that may be bounded in branch and bound; 0: boxes are not split"""
+    """parts of its boxes that may be bounded in branch and bound, one of activations counting as 50; 0: no splitting"""
     seed: Seed = 0
 
 
@@ -233,6 +238,7 @@ class _Item:
     counterexample: Any = None
     output: Any = None
     nodes: int = 0
+    spent: int = 0
     left: int = 0
     depth: int = 0
     trace: Sequence[tuple[int, float]] = ()
@@ -270,19 +276,40 @@ def _outcomes(params: Sequence[Params]) -> list[Result | MethodError]:
         return [NotApplicable("the network has an operation without bounds", str(error))] * len(params)
     try:
         replay.load(params[0].network)
+        _agreeing(networks.resolve(params[0].network))
     except InvalidInput as error:
         return [error] * len(params)
     outcomes: list[Any] = [_read(graph, wanted) for wanted in params]
-    items = [item for item in outcomes if isinstance(item, _Item)]
     with torch.no_grad():
-        try:
-            _decide(graph, items)
-        except rounding.TooManyTerms as error:
-            wide = NotApplicable(
-                "a layer of the network is too wide for bounds that hold in float32", str(error).partition(";")[0]
-            )
-            return [wide if isinstance(outcome, _Item) else outcome for outcome in outcomes]
+        _decide(graph, [item for item in outcomes if isinstance(item, _Item)])
     return [outcome.result() if isinstance(outcome, _Item) else outcome for outcome in outcomes]
+
+
+@functools.lru_cache(maxsize=64)
+def _agreeing(reference: str) -> None:
+    """Raise InvalidInput where the graph of a network and onnxruntime on its file are two functions."""
+    difference = agreement.agrees(networks.load(reference), networks.content(reference))
+    # NaN: no sample lies where the network has a value, so nothing is known against it.
+    if difference > agreement.LARGEST_DIFFERENCE:
+        raise InvalidInput(
+            "the network that was read from the file is not what onnxruntime computes",
+            f"on random inputs their outputs differ by {difference:.2g} of the largest",
+            "exporting it again; if that does not help it is a fault of netassay's reader: please report the file",
+        )
+
+
+def _evaluated(graph: Graph) -> torch.dtype | None:
+    """float32, where the error of its evaluations has a bound; else bounds are about real arithmetic alone."""
+    if not rounding.is_covered(graph):
+        return None
+    try:
+        rounding.gamma(
+            max((w.terms for w in weights(graph, torch.float64).values()), default=1) + rounding.ROUNDINGS,
+            torch.float32,
+        )
+    except rounding.TooManyTerms:
+        return None
+    return torch.float32
 
 
 def _read(graph: Graph, params: Params) -> _Item | MethodError:
@@ -424,7 +451,7 @@ def _bounded(graph: Graph, pieces: list[_Piece], method: str) -> None:
     for item in {id(pair.item): pair.item for piece in pieces for pair in piece.pairs}.values():
         if item.verdict == "unknown" and all(pair.margin > 0 for pair in item.pairs):
             item.verdict, item.by = "unsat", "ibp" if method == "ibp" else "crown"
-            item.arithmetic = "real and float32"
+            item.arithmetic = "real" if _evaluated(graph) is None else "real and float32"
 
 
 def _runs(graph: Graph, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
@@ -457,22 +484,22 @@ def _in_units(scaled: float, unit: float) -> float:
 
 
 def _bound_ibp(graph: Graph, pieces: Sequence[_Piece], method: str) -> _Found:
-    region, rows = _box(graph, pieces), _rows(graph, pieces)
-    boxes = interval.propagate(graph, region, torch.float32)
+    region, rows, evaluated = _box(graph, pieces), _rows(graph, pieces), _evaluated(graph)
+    boxes = interval.propagate(graph, region, evaluated)
     sound, doubtful = _sound(graph, boxes)
-    least = backward.box_margins(graph, boxes, rows, torch.float32)
+    least = backward.box_margins(graph, boxes, rows, evaluated)
     noise = rounding.backward(graph, boxes)[graph.output].flatten(1).amax(1)
     return _found(pieces, rows, least, sound, doubtful, backward.NOISE * len(graph.operations) * noise)
 
 
 def _bound_crown(graph: Graph, pieces: Sequence[_Piece], method: str) -> _Found:
-    region, rows = _box(graph, pieces), _rows(graph, pieces)
-    boxes = interval.propagate(graph, region, torch.float32)
+    region, rows, evaluated = _box(graph, pieces), _rows(graph, pieces), _evaluated(graph)
+    boxes = interval.propagate(graph, region, evaluated)
     sound, doubtful = _sound(graph, boxes)
     intermediates: backward.Intermediates = "backward" if method == "crown" else "interval"
     # Boxes of thousands of constraints fill the memory a few at a time.
     block = max(1, min(backward.BLOCK, backward.BLOCK * 64 // rows.shape[1]))
-    bound = backward.lower(graph, region, rows, intermediates=intermediates, evaluated=torch.float32, block=block)
+    bound = backward.lower(graph, region, rows, intermediates=intermediates, evaluated=evaluated, block=block)
     doubtful = doubtful | bound.delicate
     return _found(pieces, rows, bound.lower, sound, doubtful, bound.noise, bound.a)
 
@@ -501,10 +528,13 @@ _NEAR_OVERFLOW = 1e-6
 
 def _sound(graph: Graph, boxes: dict[str, Interval]) -> tuple[Tensor, Tensor]:
     """Whether no float32 evaluation overflows in a box, so that bounds speak of all of them; and whether that is so
-    near that it has to be asked of the box alone. Both (batch,), bool.
+    near that it has to be asked of the box alone. Both (batch,), bool. Of networks of which only real arithmetic is
+    spoken, whether all bounds are finite.
     """
     ends = [torch.isfinite(box.lower) & torch.isfinite(box.upper) for box in boxes.values()]
     finite = torch.stack([end.flatten(1).all(1) for end in ends]).all(0)
+    if _evaluated(graph) is None:
+        return finite, torch.zeros_like(finite)
     load = rounding.load(graph, boxes, torch.float32)
     inputs = boxes[graph.input].magnitude().flatten(1).amax(1) <= torch.finfo(torch.float32).max
     return finite & inputs & (load < 1), (load - 1).abs() <= _NEAR_OVERFLOW
@@ -518,21 +548,26 @@ def _searched(graph: Graph, items: Sequence[_Item]) -> None:
     others.
     """
     open_ = [item for item in items if item.verdict == "unknown" and item.params.budget]
-    if not open_ or math.prod(graph.input_shape) > INPUTS:
+    few = math.prod(graph.input_shape) <= INPUTS
+    curved = any(isinstance(operation, Activation | Product) for operation in operations(graph))
+    if not open_ or (curved and not few):
         return
-    stack = inputs.layers(graph, torch.float64)
-    if stack is None:
-        return
+    stack = inputs.layers(graph, torch.float64) if few else None
     for item in open_:
         for piece in _pieces([item]):
-            if item.verdict != "unknown" or item.nodes >= item.params.budget:
+            if item.verdict != "unknown" or item.spent >= item.params.budget:
                 break
-            _search(graph, stack, item, piece)
+            _search(graph, stack, item, piece, few)
         if item.verdict == "unknown" and all(pair.margin > 0 for pair in item.pairs):
             item.verdict, item.by, item.arithmetic = "unsat", "splitting", "real"
 
 
-def _search(graph: Graph, stack: Sequence[inputs.Layer], item: _Item, piece: _Piece) -> None:
+#: Parts of input splitting (5-50x6-5) that take as long as one of activation splitting (784-256x4-10).
+_COST = 50
+
+
+def _search(graph: Graph, stack: Sequence[inputs.Layer] | None, item: _Item, piece: _Piece, few: bool) -> None:
+    """Split one box: its inputs where they are few, else its ReLUs."""
     lower, upper = _representable(graph, piece.pairs[0].case)
 
     def judge(point: Tensor, conjunction: int) -> bool:
@@ -546,7 +581,12 @@ def _search(graph: Graph, stack: Sequence[inputs.Layer], item: _Item, piece: _Pi
     query = inputs.Query(
         piece.lower[0].flatten(), piece.upper[0].flatten(), rows, piece.bound, torch.tensor(piece.owners)
     )
-    answer = inputs.search(graph, stack, query, judge, item.params.budget - item.nodes, _seed(piece.pairs[0]))
+    budget = item.params.budget - item.spent
+    if few:
+        answer = inputs.search(graph, stack, query, judge, budget, _seed(piece.pairs[0]))
+    else:
+        answer = activations.search(graph, query, judge, max(1, budget // _COST))
+    item.spent += answer.parts * (1 if few else _COST)
     units = torch.stack([piece.unit[piece.owners.index(number)] for number in range(len(piece.pairs))])
     item.nodes, item.left = item.nodes + answer.parts, item.left + answer.open
     item.trace = [(parts, bound / float(units[0])) for parts, bound in answer.trace]

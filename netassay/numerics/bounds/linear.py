@@ -191,3 +191,18 @@ def operations(graph: Graph) -> tuple[Operation, ...]:
 
 #: What has a rule in each interpreter.
 KINDS: tuple[type[Operation], ...] = (*MAPS, Sum, Relu, Activation, Product)
+
+
+def chain(graph: Graph) -> tuple[Operation, ...]:
+    """`operations`, where they are linear maps and ReLUs of which each reads what the one before it wrote.
+
+    Raises NotImplementedError naming an operation for which that is not so.
+    """
+    at = graph.input
+    for operation in operations(graph):
+        if operation.sources != (at,) or not isinstance(operation, (Relu, *MAPS)):
+            raise NotImplementedError(
+                f"{operation.name} ({type(operation).__name__}) is no link of a chain of linear operations and ReLUs"
+            )
+        at = operation.target
+    return graph.needed

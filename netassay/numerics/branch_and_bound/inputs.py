@@ -4,8 +4,9 @@
     refuted on a part D of B  <=  for every conjunction there is a k with  min over x in D of c_k.f(x)  >  b_k
 
 A part is bounded by backward linear bounds (CROWN, as `netassay.numerics.bounds.backward` has them), hundreds of parts
-at a time, and of a layer only those neurons that were unstable in the part's parent: a neuron that is stable on a box
-is so on every part of it. What is not refuted is
+at a time. Of a chain of dense layers and ReLUs (`Bounder`) only those neurons of a layer are bounded that were unstable
+in the part's parent: a neuron that is stable on a box is so on every part of it. Any other graph is bounded as a whole
+(`GraphBounder`). What is not refuted is
 
 1. tried: its centre, and the corner where the hardest of its rows is least, are evaluated, and handed to the caller
    where the float64 network is unsafe there;
@@ -49,11 +50,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from netassay.heavy import torch
+from netassay.networks import evaluate
 from netassay.networks.graph import Graph, Relu
-from netassay.numerics.bounds import interval, rounding
+from netassay.numerics.bounds import backward, interval, rounding
 from netassay.numerics.bounds.backward import Lines
 from netassay.numerics.bounds.interval import Interval
-from netassay.numerics.bounds.linear import MAPS, operations, weights
+from netassay.numerics.bounds.linear import MAPS, chain, operations, weights
 from netassay.numerics.bounds.regions import Box
 
 if TYPE_CHECKING:
@@ -95,16 +97,16 @@ def layers(graph: Graph, dtype: torch.dtype) -> list[Layer] | None:
     found, of_graph = [], weights(graph, dtype)
     size = math.prod(graph.input_shape)
     matrix, bias = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype)
-    elements, merged, shape, at = 0, 0, graph.input_shape, graph.input
-    for operation in operations(graph):
-        if operation.source != at:
-            return None  # two branches
-        at, size = operation.target, math.prod(operation.shape)
+    elements, merged, shape = 0, 0, graph.input_shape
+    try:
+        links = chain(graph)
+    except NotImplementedError:
+        return None
+    for operation in links:
+        size = math.prod(operation.shape)
         if isinstance(operation, Relu):
             found.append(Layer(matrix, bias))
             matrix, bias, merged = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype), 0
-        elif type(operation) not in MAPS:
-            return None
         else:
             apply, w = MAPS[type(operation)].apply, of_graph[operation.target]
             merged += w.weight is not None
@@ -211,11 +213,38 @@ class _Sides:
     intercept: Tensor
 
 
+class GraphBounder:
+    """Bounds over parts of one box, for its rows, of any graph: slower, and nothing is inherited."""
+
+    def __init__(self, graph: Graph, query: Query) -> None:
+        self.graph, self.query = graph, query
+        self.scale = torch.maximum(query.lower.abs(), query.upper.abs())
+        #: What rounding may add is taken off in each bound.
+        self.pad = torch.zeros(len(query.rows), dtype=torch.float64)
+        self.widths: list[int] = []
+        self.widest = max(math.prod(operation.shape) for operation in (*operations(graph),))
+
+    def __call__(self, parts: _Parts) -> tuple[_Linear, tuple[Tensor, ...]]:
+        """Bounds of the rows, and no states."""
+        region = Box(*(side.reshape(-1, *self.graph.input_shape) for side in (parts.lower, parts.upper)))
+        found = backward.lower(self.graph, region, self.query.rows)
+        a = found.a.flatten(2)
+        # One rounding of a difference does not change its sign.
+        return _Linear(a, found.lower - self.query.bound, a.abs()), ()
+
+    def rows(self, points: Tensor) -> Tensor:
+        """(points, rows): c.f - b at points, (points, inputs), up to rounding."""
+        outputs = evaluate.forward(self.graph, points.reshape(-1, *self.graph.input_shape)).flatten(1)
+        return torch.addmm(-self.query.bound, outputs, self.query.rows.T)
+
+
 class Bounder:
-    """Bounds over parts of one box, for its rows."""
+    """Bounds over parts of one box, for its rows, of dense layers with ReLUs between them."""
 
     def __init__(self, graph: Graph, stack: Sequence[Layer], query: Query) -> None:
         self.stack, self.query = stack, query
+        self.widths = [len(layer.bias) for layer in stack[:-1]]
+        self.widest = max(len(query.lower), *(len(layer.bias) for layer in stack))
         shape = (1, *graph.input_shape)
         boxes = interval.propagate(graph, Box(query.lower.reshape(shape), query.upper.reshape(shape)))
         lost = rounding.backward(graph, boxes)
@@ -255,6 +284,13 @@ class Bounder:
             lines.append(_Sides(alpha, more, intercept))
             kept.append(alive)
         return self._rows(parts, lines, kept, centre, radius), tuple(states)
+
+    def rows(self, points: Tensor) -> Tensor:
+        """(points, rows): c.f - b at points, (points, inputs), up to rounding."""
+        values = points
+        for layer in self.stack[:-1]:
+            values = torch.addmm(layer.bias, values, layer.weight.T).relu_()
+        return torch.addmm(self.constant, values, self.last.T)
 
     def _hidden(
         self, layer: int, state: Tensor, lines: list[_Sides], kept: list[Tensor], centre: Tensor, radius: Tensor
@@ -304,7 +340,7 @@ class Bounder:
 
 def search(
     graph: Graph,
-    stack: Sequence[Layer],
+    stack: Sequence[Layer] | None,
     query: Query,
     judge: Callable[[Tensor, int], bool],
     budget: int,
@@ -313,9 +349,9 @@ def search(
 ) -> Answer:
     """Bound parts of the box until all conjunctions are refuted, a point is accepted, or `budget` parts were bounded.
 
-    stack: of `layers`, in float64. judge(point, conjunction): whether a point of the box, (inputs,), float64, is
-    unsafe; it is asked about points at which the float64 network meets the conjunction, a few of each batch. seed: of
-    the climb.
+    stack: of `layers`, in float64, or None. judge(point, conjunction): whether a point of the box, (inputs,), float64,
+    is unsafe; it is asked about points at which the float64 network meets the conjunction, a few of each batch. seed:
+    of the climb.
     The same arguments give the same answer, whatever else is computed.
     """
     with torch.no_grad():
@@ -333,18 +369,18 @@ _OUTWARD = 1e-9, 1e-13
 
 class _Search:
     def __init__(
-        self, graph: Graph, stack: Sequence[Layer], query: Query, judge: Callable[[Tensor, int], bool], budget: int,
-        seed: int, batch: int,
+        self, graph: Graph, stack: Sequence[Layer] | None, query: Query, judge: Callable[[Tensor, int], bool],
+        budget: int, seed: int, batch: int,
     ) -> None:  # fmt: skip
-        self.stack, self.query, self.judge, self.budget, self.seed = stack, query, judge, budget, seed
-        self.bounder = Bounder(graph, stack, query)
+        self.query, self.judge, self.budget, self.seed = query, judge, budget, seed
+        self.bounder = GraphBounder(graph, query) if stack is None else Bounder(graph, stack, query)
         self.count = count = int(query.owners.max()) + 1
-        widest = max(len(query.lower), *(len(layer.bias) for layer in stack))
+        widest = self.bounder.widest
         self.batch = max(1, min(batch, NUMBERS // (widest * (2 * widest + len(query.owners)))))
         self.answer = Answer(torch.full((count,), torch.inf, dtype=torch.float64))
         whole = _Parts(
             query.lower[None], query.upper[None],
-            tuple(torch.zeros(1, len(layer.bias), dtype=torch.int8) for layer in stack[:-1]),
+            tuple(torch.zeros(1, width, dtype=torch.int8) for width in self.bounder.widths),
             torch.full((1, count), -torch.inf, dtype=torch.float64), torch.zeros(1, dtype=torch.int64),
         )  # fmt: skip
         self.open = [whole]
@@ -414,10 +450,7 @@ class _Search:
 
     def _violations(self, points: Tensor) -> Tensor:
         """(points, conjunctions): the largest c_k.f - b_k of each conjunction, up to rounding; unsafe where <= 0."""
-        values = points
-        for layer in self.stack[:-1]:
-            values = torch.addmm(layer.bias, values, layer.weight.T).relu_()
-        return self._of_conjunctions(torch.addmm(self.bounder.constant, values, self.bounder.last.T))
+        return self._of_conjunctions(self.bounder.rows(points))
 
     def _judged(self, points: Tensor, violations: Tensor) -> bool:
         """Whether one of the most promising points is accepted. violations: (points, conjunctions)."""
