@@ -368,10 +368,10 @@ class _Below:
         part["bound"] = torch.maximum(best.bound, part["bound"]).clamp(max=0)
         part["slopes"], part["weights"] = best.slopes.half(), best.weights
         part["candidates"] = self._candidates(best, (node.state(code, side) == 0) & node.unstable)
-        # With every neuron split, or too many: nothing more is to be had here.
+        # With every neuron split, or too many: nothing more is to be had here. It stays open all the same.
         stuck = ~refuted & ((part["candidates"][:, 0] < 0) | ((side != 0).sum(1) >= DEEPEST))
         self.stuck += int(stuck.sum())
-        self.pool.put({name: value[~refuted & ~stuck] for name, value in part.items()})
+        self.pool.put({name: value[~refuted] for name, value in part.items()})
 
     def _candidates(self, best: _Climbed, free: Tensor) -> Tensor:
         """Neurons whose relaxation costs a bound most: (parts, CANDIDATES), -1 where there are no more."""
