@@ -296,13 +296,17 @@ def _climbed(
                 break
             optimiser.zero_grad()
             (-value.sum()).backward()
+            if "weights" in leaves:
+                # Along the simplex: Adam knows signs only, and steps of one sign for all leave no weight but 0.
+                leaves["weights"].grad -= leaves["weights"].grad.mean(1, keepdim=True)
             optimiser.step()
             with torch.no_grad():
                 leaves["slopes"].clamp_(0, 1)
                 leaves["beta"].clamp_(min=0).mul_(side != 0)
                 if "weights" in leaves:
                     weights = leaves["weights"].clamp_(min=0)
-                    weights /= weights.sum(1, keepdim=True).clamp(min=1e-6)
+                    total = weights.sum(1, keepdim=True)
+                    weights.copy_(torch.where(total > 1e-6, weights / total, 1 / weights.shape[1]))
     return _Climbed(**best)
 
 
