@@ -319,7 +319,7 @@ class _Below:
         #: Where the node itself was split, if it was; and whether a point was accepted.
         self.split: int | None = None
         self.found = False
-        #: The bound of the node itself.
+        #: The bound of the node itself, in real arithmetic.
         self.first = -math.inf
 
     def run(self, conjunctions: Sequence[int], parts: int) -> bool:
@@ -340,13 +340,24 @@ class _Below:
         }
         end = self.answer.parts + parts
         self._bounded(start, FIRST_STEPS)
-        self.first = self.pool.least()
+        if len(self.pool):
+            self.first = float(self.open()["bound"].amin())
         while len(self.pool) and not self.found and not self.stuck and self.answer.parts < end:
             self._bounded(self._halves(self.pool.take(max(1, self.problem.batch // 2))), STEPS)
         return not self.found and not self.stuck and not len(self.pool)
 
     def open(self) -> dict[str, Tensor]:
-        return {name: value[self.pool.used] for name, value in self.pool.fields.items()}
+        """The open parts, with bounds that hold in real arithmetic: those of the search are float32."""
+        found = {name: value[self.pool.used] for name, value in self.pool.fields.items()}
+        names = ("conjunction", "code", "side", "beta", "slopes", "weights")
+        bounds = [
+            self.node.proved(*(found[name][which] for name in names))
+            for which in torch.arange(len(found["bound"])).split(self.problem.batch)
+        ]
+        # sum_k w_k (c_k.f - b_k) is at most sum_k w_k times the largest of these, and the weights are rounded.
+        bound = torch.cat(bounds) / found["weights"].double().sum(1).clamp(max=1)
+        found["bound"] = (bound - 1e-12 * bound.abs()).clamp(max=0)
+        return found
 
     def _bounded(self, part: dict[str, Tensor], steps: int) -> None:
         """Bound parts and keep what is open."""
@@ -605,7 +616,7 @@ class _Search:
                 break
             if below.split is None or len(node.code) >= DEEPEST - 1:
                 answer.open += 1
-                self._close(node.conjunction, fresh.bound)
+                self._close(node.conjunction, max(fresh.bound, below.first))
                 continue
             fresh.bound = max(fresh.bound, below.first)
             for side in (1.0, -1.0):
