@@ -296,13 +296,17 @@ def _climbed(
                 break
             optimiser.zero_grad()
             (-value.sum()).backward()
+            if "weights" in leaves:
+                # Along the simplex: Adam knows signs only, and steps of one sign for all leave no weight but 0.
+                leaves["weights"].grad -= leaves["weights"].grad.mean(1, keepdim=True)
             optimiser.step()
             with torch.no_grad():
                 leaves["slopes"].clamp_(0, 1)
                 leaves["beta"].clamp_(min=0).mul_(side != 0)
                 if "weights" in leaves:
                     weights = leaves["weights"].clamp_(min=0)
-                    weights /= weights.sum(1, keepdim=True).clamp(min=1e-6)
+                    total = weights.sum(1, keepdim=True)
+                    weights.copy_(torch.where(total > 1e-6, weights / total, 1 / weights.shape[1]))
     return _Climbed(**best)
 
 
@@ -315,7 +319,7 @@ class _Below:
         #: Where the node itself was split, if it was; and whether a point was accepted.
         self.split: int | None = None
         self.found = False
-        #: The bound of the node itself.
+        #: The bound of the node itself, in real arithmetic.
         self.first = -math.inf
 
     def run(self, conjunctions: Sequence[int], parts: int) -> bool:
@@ -336,13 +340,24 @@ class _Below:
         }
         end = self.answer.parts + parts
         self._bounded(start, FIRST_STEPS)
-        self.first = self.pool.least()
+        if len(self.pool):
+            self.first = float(self.open()["bound"].amin())
         while len(self.pool) and not self.found and not self.stuck and self.answer.parts < end:
             self._bounded(self._halves(self.pool.take(max(1, self.problem.batch // 2))), STEPS)
         return not self.found and not self.stuck and not len(self.pool)
 
     def open(self) -> dict[str, Tensor]:
-        return {name: value[self.pool.used] for name, value in self.pool.fields.items()}
+        """The open parts, with bounds that hold in real arithmetic: those of the search are float32."""
+        found = {name: value[self.pool.used] for name, value in self.pool.fields.items()}
+        names = ("conjunction", "code", "side", "beta", "slopes", "weights")
+        bounds = [
+            self.node.proved(*(found[name][which] for name in names))
+            for which in torch.arange(len(found["bound"])).split(self.problem.batch)
+        ]
+        # sum_k w_k (c_k.f - b_k) is at most sum_k w_k times the largest of these, and the weights are rounded.
+        bound = torch.cat(bounds) / found["weights"].double().sum(1).clamp(max=1)
+        found["bound"] = (bound - 1e-12 * bound.abs()).clamp(max=0)
+        return found
 
     def _bounded(self, part: dict[str, Tensor], steps: int) -> None:
         """Bound parts and keep what is open."""
@@ -368,10 +383,10 @@ class _Below:
         part["bound"] = torch.maximum(best.bound, part["bound"]).clamp(max=0)
         part["slopes"], part["weights"] = best.slopes.half(), best.weights
         part["candidates"] = self._candidates(best, (node.state(code, side) == 0) & node.unstable)
-        # With every neuron split, or too many: nothing more is to be had here.
+        # With every neuron split, or too many: nothing more is to be had here. It stays open all the same.
         stuck = ~refuted & ((part["candidates"][:, 0] < 0) | ((side != 0).sum(1) >= DEEPEST))
         self.stuck += int(stuck.sum())
-        self.pool.put({name: value[~refuted & ~stuck] for name, value in part.items()})
+        self.pool.put({name: value[~refuted] for name, value in part.items()})
 
     def _candidates(self, best: _Climbed, free: Tensor) -> Tensor:
         """Neurons whose relaxation costs a bound most: (parts, CANDIDATES), -1 where there are no more."""
@@ -601,7 +616,7 @@ class _Search:
                 break
             if below.split is None or len(node.code) >= DEEPEST - 1:
                 answer.open += 1
-                self._close(node.conjunction, fresh.bound)
+                self._close(node.conjunction, max(fresh.bound, below.first))
                 continue
             fresh.bound = max(fresh.bound, below.first)
             for side in (1.0, -1.0):
