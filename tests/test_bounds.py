@@ -535,7 +535,7 @@ def test_float32_sums_too_long_to_bound_are_refused() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("1", [[0.5]], [0.1]), "norm '1'"),
+        (("3", [[0.5]], [0.1]), "norm '3'"),
         (("inf", [[0.5]], [-0.1]), "negative"),
         (("inf", [[0.5]], [float("inf")]), "not finite"),
         (("inf", [[1.5]], [0.1], 0.0, 1.0), "not in the domain"),

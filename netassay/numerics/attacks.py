@@ -1,11 +1,11 @@
 """Projected gradient descent in search of a counterexample, the same for an input whoever else is in the batch.
 
-The attack minimises a margin over a ball or box by steps along the sign of its gradient (norm inf) or the gradient
-itself (norm 2), each followed by a projection: f_y - max_j!=y f_j of an image's class y (`pgd`), or the violation
-max_k c_k.f - b_k of a conjunction of constraints c_k.f <= b_k (`meet`). A gradient method is chaotic: one rounding
-turned the other way changes a sign, and so the path. Sums of a batched product are rounded in an order that depends on
-the batch, so the search walks on a surrogate of the network whose sums are *exact*: weights, and the values of each
-layer input by input, are rounded to `bits` binary digits below their largest, with
+The attack minimises a margin over a ball or box by steps along the sign of its gradient (norm inf), the gradient itself
+(norm 2) or the signs of its largest entries (norm 1), each followed by a projection: f_y - max_j!=y f_j of an image's
+class y (`pgd`), or the violation max_k c_k.f - b_k of a conjunction of constraints c_k.f <= b_k (`meet`). A gradient
+method is chaotic: one rounding turned the other way changes a sign, and so the path. Sums of a batched product are
+rounded in an order that depends on the batch, so the search walks on a surrogate of the network whose sums are *exact*:
+weights, and the values of each layer input by input, are rounded to `bits` binary digits below their largest, with
 
     2 bits + log2(terms of a sum) <= 53,
 
@@ -15,8 +15,10 @@ differs from the network by some 2^-bits relative (20 bits and more up to 4,096 
 finds is only a candidate, to be judged on the network itself.
 
 Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models resistant to adversarial attacks. 2018.
-Margin loss: Carlini, Wagner. Towards evaluating the robustness of neural networks. 2017. Splitting into exact products:
-Ozaki, Ogita, Oishi, Rump. Error-free transformations of matrix multiplication. 2012.
+Margin loss: Carlini, Wagner. Towards evaluating the robustness of neural networks. 2017. Projection on an l1 ball:
+Duchi, Shalev-Shwartz, Singer, Chandra. Efficient projections onto the l1-ball for learning in high dimensions. 2008.
+Sparse steps: Tramer, Boneh. Adversarial training and robustness for multiple perturbations. 2019. Splitting into exact
+products: Ozaki, Ogita, Oishi, Rump. Error-free transformations of matrix multiplication. 2012.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ _EXACT = 53
 _DOUBT = 2.0**-14
 #: Rows (inputs x starts) evaluated together, so that a large group keeps its layers in cache.
 _ROWS = 2048
+#: Share of the coordinates that a step in an l1 ball moves.
+_SPARSE = 0.05
 #: Numbers in the samples of one box that are drawn at once: 32 MiB.
 _NUMBERS = 1 << 22
 
@@ -61,7 +65,7 @@ class Attack:
 
 def pgd(
     graph: Graph,
-    region: Ball,
+    region: Region,
     labels: Tensor,
     *,
     steps: int,
@@ -196,9 +200,9 @@ def contains(region: Region, points: Tensor) -> Tensor:
     lower, upper = _representable(region)
     flat = (points >= lower) & (points <= upper) & (points == points.float().double())
     inside = flat.flatten(1).all(1)
-    if isinstance(region, Ball) and region.norm == "2":
-        # A sum of n squares of differences errs by less than (n + 4) u relative, its root by half of that.
-        length = torch.linalg.vector_norm((points - region.centre).flatten(1), dim=1)
+    if isinstance(region, Ball) and region.norm != "inf":
+        # A sum of n differences or squares of them errs by less than (n + 4) u relative, a root by half of that.
+        length = torch.linalg.vector_norm((points - region.centre).flatten(1), ord=float(region.norm), dim=1)
         inside &= length * (1 + (points[0].numel() + 4) * 2.0**-52) <= region.radius
     return inside
 
@@ -227,12 +231,21 @@ def _inward(end: Tensor, direction: int) -> Tensor:
     return torch.where(missed, beyond, near).double()
 
 
-def _random(region: Ball, item: int, count: int, seed: int) -> Tensor:
-    """Points of one ball: (count, *input). Uniform for norm inf; for norm 2 of uniform direction and length."""
+def _random(region: Region, item: int, count: int, seed: int) -> Tensor:
+    """Points of one ball or box: (count, *input). Uniform for norm inf; for norm 2 of uniform direction and length; for
+    norm 1 of exponential coordinates, signs at random and uniform length.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(region, Box):
+        return _drawn(region.lower[item], region.upper[item], generator, count)
     shape = (count, *region.centre.shape[1:])
     if region.norm == "inf":
         step = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+    elif region.norm == "1":
+        step = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+        step = step.sign() * -torch.log1p(-step.abs())
+        length = torch.rand(count, generator=generator, dtype=torch.float64)
+        step *= _column(length / _sum(step.abs()), step)
     else:
         step = torch.randn(shape, generator=generator, dtype=torch.float64)
         length = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -291,16 +304,24 @@ def _descend(
 
 
 def _direction(gradient: Tensor, norm: str) -> Tensor:
-    """Steepest direction of length one in the norm; gradient: (batch, starts, *input)."""
+    """A direction of length one in the norm, for norms inf and 2 the steepest; gradient: (batch, starts, *input).
+
+    For norm 1 the steepest moves one coordinate, which a domain soon stops: the largest `_SPARSE` move alike.
+    """
     if norm == "inf":
         return gradient.sign()
     flat = gradient.flatten(0, 1)
+    if norm == "1":
+        size = flat.flatten(1).abs()
+        least = size.topk(max(1, round(_SPARSE * size.shape[1])), dim=1).values[:, -1]
+        flat = torch.where(flat.abs() >= _column(least, flat), flat.sign(), 0.0)
+        return (flat / _column(_sum(flat.abs()), flat)).reshape(gradient.shape)
     return (flat * _column(1 / _norm(flat), flat)).reshape(gradient.shape)
 
 
 def _projection(region: Region, box: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """x (batch, starts, *input) of these items, moved into their balls. Clamping to the box moves a point no further
-    from a centre inside it, so one pass is enough for norm 2.
+    from a centre inside it, so one pass is enough for norms 2 and 1.
     """
     lower, upper = (side[:, None] for side in box)
 
@@ -313,9 +334,34 @@ def _projection(region: Region, box: tuple[Tensor, Tensor]) -> Callable[[Tensor,
             room = region.radius * (1 - 2.0**-18) - 2.0**-24 * math.sqrt(away[0].numel())
             shrink = (room[items].clamp(min=0).repeat_interleave(x.shape[1]) / _norm(away)).clamp(max=1)
             x = centre + (away * _column(shrink, away)).reshape(x.shape)
+        elif isinstance(region, Ball) and region.norm == "1":
+            centre = region.centre[items][:, None]
+            away = (x - centre).flatten(0, 1)
+            room = region.radius * (1 - 2.0**-18) - 2.0**-24 * away[0].numel()
+            x = centre + _shrunk(away, room[items].clamp(min=0).repeat_interleave(x.shape[1])).reshape(x.shape)
         return torch.minimum(torch.maximum(x, lower[items]), upper[items])
 
     return project
+
+
+def _shrunk(away: Tensor, radius: Tensor) -> Tensor:
+    """The nearest point to each row in the l1 ball of its radius around 0: |a| - theta where that is positive, theta
+    the least number >= 0 with sum max(0, |a| - theta) <= radius, found among the sorted entries. away: (rows, *shape).
+    """
+    count = away[0].numel()
+    size = _rounded(away, _EXACT - math.ceil(math.log2(max(2, count)))).flatten(1).abs()
+    largest = size.sort(dim=1, descending=True).values
+    places = torch.arange(1, count + 1, dtype=torch.float64)
+    theta = (largest.cumsum(1) - radius[:, None]) / places
+    kept = (largest > theta).sum(1).clamp(min=1)
+    theta = theta.gather(1, kept[:, None] - 1).clamp(min=0)
+    return (away.flatten(1).sign() * (size - theta).clamp(min=0)).reshape(away.shape)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum of each row's numbers, none negative, exact and so the same in any order; never 0. x: (rows, *shape)."""
+    rounded = _rounded(x, _EXACT - math.ceil(math.log2(max(2, x[0].numel()))))
+    return rounded.flatten(1).sum(1).clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
 
 
 def _column(value: Tensor, like: Tensor) -> Tensor:

@@ -73,14 +73,17 @@ class Lines:
     below: Tensor | None = None
 
     @classmethod
-    def of(cls, z: Interval) -> Lines:
-        """Adaptive lines of a ReLU over z; exact (0 or the identity) where z is stable."""
+    def of(cls, z: Interval, flat: bool = False) -> Lines:
+        """Adaptive lines of a ReLU over z, or where `flat` with lower slope 0; exact (0 or the identity) where z is
+        stable.
+        """
         low, up = z.lower.clamp(max=0), z.upper.clamp(min=0)
         # 0/0 at a neuron that is constantly zero: any line does, and 0 is exact.
         slope = torch.where(z.upper > 0, up / (up - low).clamp(min=rounding.smallest(up.dtype)), 0.0).clamp(max=1)
         # The line must pass above both corners (l, 0) and (u, u), whatever the rounding of the slope.
         intercept = torch.maximum(-slope * low, up - slope * up)
-        return cls((up > -low).to(up.dtype), slope, intercept)
+        alpha = (up > 0) & (low >= 0) if flat else up > -low
+        return cls(alpha.to(up.dtype), slope, intercept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +98,16 @@ Relaxation = Lines | Planes
 
 
 def relaxation(
-    operation: Operation, values: Mapping[str, Interval], whole: Mapping[str, Interval]
+    operation: Operation, values: Mapping[str, Interval], whole: Mapping[str, Interval], flat: bool = False
 ) -> Relaxation | None:
     """What a pass puts in the place of an operation over these boxes; None for a linear one.
 
-    whole: the boxes that its rounding was told of (`rounding.backward`), no smaller.
+    whole: the boxes that its rounding was told of (`rounding.backward`), no smaller. flat: see `Lines.of`.
     """
     x = values[operation.source]
     match operation:
         case Relu():
-            return Lines.of(x)
+            return Lines.of(x, flat)
         case Activation():
             found = relaxations.lines(operation.function, operation.parameters, x.lower, x.upper)
             lines = Lines(found.lower_slope, found.upper_slope, found.upper_intercept, found.lower_intercept)
@@ -215,16 +218,18 @@ def lower(
     intermediates: Intermediates = "backward",
     evaluated: torch.dtype | None = None,
     block: int = BLOCK,
+    flat: bool = False,
 ) -> Lower:
     """Lower bounds of C f(x), C the `rows`, over each ball of the region.
 
     rows: (rows, outputs) or (batch, rows, outputs), outputs flattened. Computed in the dtype of the region.
     evaluated: the bounds also hold for every evaluation of the network in this dtype (C f is taken exactly).
+    flat: the lower lines of unstable ReLUs have slope 0, with which no bound is looser than the box's.
     Raises NotImplementedError where the graph has an operation without a rule.
     """
     with torch.no_grad():
         parts = [
-            _lower(graph, region[which], rows[None] if rows.dim() == 2 else rows[which], intermediates, evaluated)
+            _lower(graph, region[which], rows[None] if rows.dim() == 2 else rows[which], intermediates, evaluated, flat)
             for which in _blocks(len(region), block)
         ]
     return joined(parts)
@@ -305,10 +310,15 @@ def _shifted(row: Linear, local: Tensor | None) -> Linear:
 
 
 def _lower(
-    graph: Graph, region: Region, rows: Tensor, intermediates: Intermediates, evaluated: torch.dtype | None
+    graph: Graph,
+    region: Region,
+    rows: Tensor,
+    intermediates: Intermediates,
+    evaluated: torch.dtype | None,
+    flat: bool,
 ) -> Lower:
     """One block. rows: (batch or 1, rows, outputs)."""
-    block = relaxed(graph, region, intermediates, evaluated)
+    block = relaxed(graph, region, intermediates, evaluated, flat=flat)
     row = walk(graph, rows.unflatten(2, graph.output_shape), graph.output, block.lines, local=block.local)
     return concretised(graph, region, rows, row, block)
 
@@ -347,16 +357,20 @@ def relaxed(
     intermediates: Intermediates = "backward",
     evaluated: torch.dtype | None = None,
     refine: Refine | None = None,
+    flat: bool = False,
 ) -> Block:
     """Boxes and lines of a block, layer by layer: each layer is bounded with the lines of those before it.
 
-    refine: tightens further what a ReLU, function or product reads, before it is relaxed.
+    refine: tightens further what a ReLU, function or product reads, before it is relaxed. flat: see `Lines.of`.
     """
     of_graph = weights(graph, region.centre.dtype)
     steps = operations(graph)
     before_relu = {operation.source for operation in steps if isinstance(operation, Relu)}
     before_others = {
-        of for operation in steps if isinstance(operation, Activation | Product) for of in operation.sources
+        _without_copies(graph, of)
+        for operation in steps
+        if isinstance(operation, Activation | Product)
+        for of in operation.sources
     }
     boxes = interval.propagate(graph, region, evaluated)
     none = torch.zeros(len(region), dtype=torch.bool)
@@ -368,7 +382,7 @@ def relaxed(
     mixed = {graph.input: 0}
     for operation in steps:
         target, w = operation.target, of_graph[operation.target]
-        if (lines := relaxation(operation, values, boxes)) is not None:
+        if (lines := relaxation(operation, values, boxes, flat)) is not None:
             block.lines[target] = lines
         x = interval.step(operation, values, w, evaluated)
         if evaluated is not None:
@@ -387,6 +401,14 @@ def relaxed(
             block.delicate.logical_or_(_near(x, noise, x.lower + x.upper))
         values[target] = x
     return block
+
+
+def _without_copies(graph: Graph, value: str) -> str:
+    """The value that this one repeats numbers of, if it does: a bound of each number is enough."""
+    of = next((operation for operation in operations(graph) if operation.target == value), None)
+    if isinstance(of, Pick) and of.indices.size > _size(graph.shape_of(of.source)):
+        return of.source
+    return value
 
 
 def _near(x: Interval, noise: Tensor, *choices: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Interval:
     @classmethod
     def around(cls, region: Region) -> Interval:
         ellipsoid = None
-        if region.norm == "2":
+        if region.norm in ("2", "1"):  # an l1 ball lies in the l2 ball of its radius
             spread = region.spread().expand_as(region.centre)
             ellipsoid = region.centre, spread, torch.zeros_like(spread)
         return cls(*region.box(), ellipsoid)

@@ -46,29 +46,36 @@ def lower(
     steps: int = STEPS,
     rate: float = RATE,
     block: int = backward.BLOCK,
+    search: torch.dtype = torch.float32,
+    flat: bool = False,
 ) -> Lower:
     """As `backward.lower`, with optimised slopes. refined: those of the inputs of ReLUs are optimised too, which costs
-    as much as their number is larger than that of the rows.
+    as much as their number is larger than that of the rows. search: the precision that Adam runs in. Steps in float32
+    may turn another way in another block; in float64 bounds agree for any.
     """
     parts = []
     for which in (slice(start, start + block) for start in range(0, len(region), block)):
         mine, wanted = region[which], rows[None] if rows.dim() == 2 else rows[which]
-        refine = refiner(graph, mine, steps, rate) if refined else None
+        refine = refiner(graph, mine, steps, rate, search) if refined else None
         with torch.no_grad():
-            known = backward.relaxed(graph, mine, intermediates, None, refine)
-        parts.append(_lower(graph, mine, wanted, known, steps, rate))
+            known = backward.relaxed(graph, mine, intermediates, None, refine, flat)
+        parts.append(_lower(graph, mine, wanted, known, steps, rate, search))
     return backward.joined(parts)
 
 
-def _lower(graph: Graph, region: Region, rows: Tensor, block: Block, steps: int, rate: float) -> Lower:
+def _lower(
+    graph: Graph, region: Region, rows: Tensor, block: Block, steps: int, rate: float, search: torch.dtype
+) -> Lower:
     shaped = rows.unflatten(2, graph.output_shape)
-    slopes = optimised(graph, region, shaped, graph.output, block.lines, steps, rate)
+    slopes = optimised(graph, region, shaped, graph.output, block.lines, steps, rate, search)
     with torch.no_grad():
         row = backward.walk(graph, shaped, graph.output, with_slopes(block.lines, slopes))
         return backward.concretised(graph, region, rows, row, block)
 
 
-def refiner(graph: Graph, region: Region, steps: int = STEPS, rate: float = RATE) -> backward.Refine:
+def refiner(
+    graph: Graph, region: Region, steps: int = STEPS, rate: float = RATE, search: torch.dtype | None = None
+) -> backward.Refine:
     """What tightens the inputs of ReLUs in `backward.relaxed`."""
 
     def refine(at: str, x: Interval, block: Block, slack: Tensor) -> Interval:
@@ -79,7 +86,7 @@ def refiner(graph: Graph, region: Region, steps: int = STEPS, rate: float = RATE
             size = max(1, SLOPES // (2 * max(1, before) * len(region)))
             for which in torch.arange(half).split(size):
                 some = rows[:, torch.cat([which, which + half])]
-                slopes = optimised(graph, region, some, at, block.lines, steps, rate)
+                slopes = optimised(graph, region, some, at, block.lines, steps, rate, search)
                 row = backward.walk(graph, some, at, with_slopes(block.lines, slopes))
                 least = row.d + region.minimum(row.a.flatten(2))
                 x = backward.cut(x, neurons[which], least, slack, unstable)

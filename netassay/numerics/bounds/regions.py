@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 class Ball:
     """A batch of balls {x : ||x - centre|| <= radius, low <= x <= high}.
 
-    norm: "inf" or "2", over all axes but the first. centre: (batch, *shape). radius: (batch,), in units of the input,
-    not negative. low, high: the domain, e.g. [0, 1] of images; infinite: open. Raises ValueError where a
+    norm: "inf", "2" or "1", over all axes but the first. centre: (batch, *shape). radius: (batch,), in units of the
+    input, not negative. low, high: the domain, e.g. [0, 1] of images; infinite: open. Raises ValueError where a
     centre lies outside the domain or a radius is negative or not finite.
     """
 
-    norm: Literal["inf", "2"]
+    norm: Literal["inf", "2", "1"]
     centre: Tensor
     radius: Tensor
     low: float = -math.inf
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.norm not in ("inf", "2"):
-            raise ValueError(f"norm {self.norm!r} is not known; balls are of norm 'inf' or '2'")
+        if self.norm not in ("inf", "2", "1"):
+            raise ValueError(f"norm {self.norm!r} is not known; balls are of norm 'inf', '2' or '1'")
         if self.radius.shape != self.centre.shape[:1]:
             raise ValueError(f"{len(self.centre)} centres need as many radii, not {tuple(self.radius.shape)}")
         if not bool(torch.isfinite(self.radius).all()) or bool((self.radius < 0).any()):
@@ -60,12 +60,13 @@ class Ball:
     def minimum(self, a: Tensor) -> Tensor:
         """A lower bound of min a.x over each ball, up to rounding (see `rounding`).
 
-        a: (batch or 1, rows, inputs). Returns (batch, rows). Exact for norm inf and for norm 2 without a domain; else
-        the better of the dual norm, a.centre - radius ||a||_2, and the box.
+        a: (batch or 1, rows, inputs). Returns (batch, rows). Exact for norm inf, and for norms 2 and 1 without a
+        domain; else the better of the dual norm, a.centre - radius ||a||_2 or radius max |a|, and the box.
         """
         if self.norm == "inf":
             return _least(a, *self.box())
-        dual = _product(a, self.centre.flatten(1)) - self.radius[:, None] * _norm(a)
+        length = _norm(a) if self.norm == "2" else a.abs().amax(-1)
+        dual = _product(a, self.centre.flatten(1)) - self.radius[:, None] * length
         if math.isinf(self.low) and math.isinf(self.high):
             return dual
         return torch.maximum(dual, _least(a, *self.box()))

@@ -1,0 +1,293 @@
+"""Linear bounds hold at every point met, keep the order the theory gives them, and are exact where it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+torch = pytest.importorskip("torch")
+
+from netassay import data, networks  # noqa: E402
+from netassay.method import Failure, InvalidInput, NotApplicable  # noqa: E402
+from netassay.methods.verification import lirpa_bounds  # noqa: E402
+from netassay.networks import onnx_file, recipes  # noqa: E402
+from netassay.networks.evaluate import forward  # noqa: E402
+from netassay.networks.graph import Activation, Dense, Graph, Product, Relu, Reshape, Sum  # noqa: E402
+from netassay.numerics import attacks  # noqa: E402
+from netassay.numerics.bounds import optimised  # noqa: E402
+from netassay.numerics.bounds.regions import Ball  # noqa: E402
+from netassay.store import artifacts  # noqa: E402
+
+F64 = torch.float64
+WAYS = ("ibp", "forward", "crown_ibp", "crown", "alpha_crown")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    with artifacts.using(folder):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def trained() -> str:
+    """A small network trained for a few epochs on digits."""
+    recipe = recipes.Recipe.parse(
+        {"dataset": "digits", "architecture": {"kind": "mlp", "hidden": [24, 24]}, "epochs": 6}
+    )
+    return networks.resolve(recipes.reference(recipe))
+
+
+def kept(graph: Graph) -> str:
+    return networks.keep(onnx_file.write(graph, "test"))
+
+
+def singles(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    return generator.normal(size=shape).astype(np.float32).astype(np.float64)
+
+
+def linear(weights: list[np.ndarray]) -> str:
+    """A network on digits that is a chain of dense layers without anything between them."""
+    operations: list = [Reshape("flatten", "x", "v0", (64,))]
+    for place, weight in enumerate(weights):
+        out = len(weight)
+        operations.append(Dense(f"dense{place}", f"v{place}", f"v{place + 1}", (out,), weight, np.zeros(out)))
+    return kept(Graph(tuple(operations), "x", f"v{len(weights)}", (1, 8, 8), operations[-1].shape))
+
+
+def bounds(network: str, count: int = 8, radius: float = 0.02, **fixed: object) -> list[lirpa_bounds.Result]:
+    params = [
+        lirpa_bounds.Params(network=network, index=index, radius=radius, **fixed)  # type: ignore[arg-type]
+        for index in range(count)
+    ]
+    found = lirpa_bounds.run_many(params)
+    assert not any(isinstance(end, Failure) for end in found), found
+    return found  # type: ignore[return-value]
+
+
+def column(results: list[lirpa_bounds.Result], name: str) -> np.ndarray:
+    return np.array([getattr(result, name) for result in results])
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.tensor(np.array(data.load("digits", "test").x[:count]))
+
+
+def drawn(region: Ball, count: int) -> torch.Tensor:
+    """Points of each ball: (batch, count, *input), half of them as far out as they go."""
+    return torch.stack([attacks._random(region, item, count, item) for item in range(len(region))]).clamp(
+        region.low, region.high
+    )
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("inf", 0.03), ("2", 0.2), ("1", 0.6)])
+def test_no_point_met_in_a_ball_leaves_its_bounds(trained: str, norm: str, radius: float) -> None:
+    count, graph = 4, networks.load(trained)
+    region = Ball(norm, images(count), torch.full((count,), radius, dtype=F64), 0.0, 1.0)  # type: ignore[arg-type]
+    labels = torch.tensor(data.load("digits", "test").y[:count].astype(np.int64))
+    attack = attacks.pgd(graph, region, labels, steps=20, restarts=50, seeds=range(count))
+    assert attack.inside.all()
+    points = torch.cat([drawn(region, 10_000), attack.points[:, None]], dim=1)
+    values = forward(graph, points.flatten(0, 1)).unflatten(0, points.shape[:2]).numpy()
+    margins = np.take_along_axis(values, labels.numpy()[:, None, None], 2) - values
+    losses = torch.nn.functional.cross_entropy(
+        torch.tensor(values).flatten(0, 1), labels.repeat_interleave(points.shape[1]), reduction="none"
+    ).reshape(points.shape[:2])
+    for way in WAYS:
+        results = bounds(trained, count, radius, norm=norm, method=way, coefficients=True, attack_steps=5)
+        # The sampled values are rounded in float64 themselves.
+        assert (values >= column(results, "lower")[:, None] - 1e-12).all(), way
+        assert (values <= column(results, "upper")[:, None] + 1e-12).all(), way
+        assert (margins >= column(results, "margins")[:, None] - 1e-12).all(), way
+        a, b = column(results, "a"), column(results, "b")
+        lines = np.einsum("bjchw,bnchw->bnj", a, points.numpy()) + b[:, None]
+        assert (margins >= lines - 1e-12).all(), way
+        assert (lines.min(1) >= column(results, "margins") - 1e-9).all(), way
+        for name in ("loss_fused", "loss_unfused"):
+            assert (column(results, name) >= losses.amax(1).numpy() - 1e-12).all(), (way, name)
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("inf", 0.01), ("inf", 0.05), ("2", 0.3), ("1", 0.8)])
+@pytest.mark.parametrize("refined", [False, True])
+def test_optimised_slopes_are_never_looser_than_crown(trained: str, norm: str, radius: float, refined: bool) -> None:
+    for slopes in ("adaptive", "zero"):
+        crown, alpha = (
+            bounds(trained, 6, radius, norm=norm, slopes=slopes, attack_steps=0, method=way, refined=refined)
+            for way in ("crown", "alpha_crown")
+        )
+        assert (column(alpha, "margins") >= column(crown, "margins")).all()
+        assert (column(alpha, "margin") > column(crown, "margin")).any()
+        assert (column(alpha, "lower") >= column(crown, "lower")).all()
+        assert (column(alpha, "loss_unfused") <= column(crown, "loss_unfused")).all()
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("inf", 0.01), ("inf", 0.05), ("2", 0.2), ("1", 0.5)])
+def test_with_lower_slopes_of_zero_crown_is_tighter_than_crown_ibp_and_that_than_ibp(
+    trained: str, norm: str, radius: float
+) -> None:
+    ibp, hybrid, crown = (
+        column(bounds(trained, 20, radius, norm=norm, slopes="zero", attack_steps=0, method=way), "margins")
+        for way in ("ibp", "crown_ibp", "crown")
+    )
+    assert (crown >= hybrid - 1e-9).all()
+    assert (hybrid >= ibp - 1e-9).all()
+    assert crown.sum() > hybrid.sum() > ibp.sum()
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+def test_a_linear_network_is_bounded_exactly(norm: str) -> None:
+    generator = np.random.default_rng(0)
+    chain = [singles(generator, 20, 64) / 8, singles(generator, 10, 20) / 4]
+    x, whole, radius = images(5).flatten(1).numpy(), chain[1] @ chain[0], 0.25
+    for way in ("forward", "crown_ibp", "crown", "alpha_crown"):
+        for result, point in zip(bounds(linear(chain), 5, radius, norm=norm, clip=False, method=way), x, strict=True):
+            rows = whole[result.label] - whole
+            dual = {"inf": np.abs(rows).sum(1), "2": np.sqrt((rows**2).sum(1)), "1": np.abs(rows).max(1)}[norm]
+            np.testing.assert_allclose(result.margins, rows @ point - radius * dual, rtol=0, atol=1e-10)
+
+
+def difference_of_equals() -> Graph:
+    """relu(x) - relu(x), in two branches."""
+    one = np.ones((1, 1))
+    return Graph(
+        (
+            Dense("first", "x", "p", (1,), one, np.zeros(1)),
+            Dense("second", "x", "q", (1,), one, np.zeros(1)),
+            Relu("r1", "p", "a", (1,)),
+            Relu("r2", "q", "b", (1,)),
+            Sum("minus", "a", "y", (1,), "b", (1.0, -1.0)),
+        ),
+        "x", "y", (1,), (1,),
+    )  # fmt: skip
+
+
+def test_slopes_of_one_half_halve_the_bounds_of_a_difference_of_equals() -> None:
+    """The optimum is [-1/2, 1/2]. Measured: 20 steps of rate 0.1 reach [-0.5103, 0.5103]."""
+    graph, region = difference_of_equals(), Ball("inf", torch.zeros(1, 1, dtype=F64), torch.ones(1, dtype=F64))
+    rows = torch.tensor([[[1.0], [-1.0]]], dtype=F64)
+    fixed = {"network": "onnx:" + 64 * "0", "index": 0, "radius": 1.0}
+    for way in ("ibp", "crown_ibp", "crown"):
+        for slopes in ("zero", "adaptive"):
+            params = lirpa_bounds.Params(method=way, slopes=slopes, **fixed)  # type: ignore[arg-type]
+            found = lirpa_bounds._lower(graph, region, rows, params)
+            np.testing.assert_allclose(found.lower, [[-1.0, -1.0]], rtol=0, atol=1e-12)
+    for steps, error in ((20, 2e-2), (200, 1e-3)):
+        found = optimised.lower(graph, region, rows, steps=steps, search=F64)
+        assert (found.lower <= -0.5).all()
+        np.testing.assert_allclose(found.lower, [[-0.5, -0.5]], rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_for_two_classes_and_a_linear_network_fused_and_unfused_loss_are_the_true_one(way: str) -> None:
+    generator = np.random.default_rng(1)
+    chain = [singles(generator, 6, 64) / 8, singles(generator, 2, 6) / 4]
+    count = sum(int(label) < 2 for label in data.load("digits", "test").y[:5])
+    params = [
+        lirpa_bounds.Params(network=linear(chain), index=index, radius=0.2, clip=False, method=way)  # type: ignore[arg-type]
+        for index, label in enumerate(data.load("digits", "test").y[:40])
+        if label < 2
+    ]
+    assert params
+    assert count <= len(params)
+    whole = chain[1] @ chain[0]
+    for result, wanted in zip(lirpa_bounds.run_many(params), params, strict=True):
+        assert isinstance(result, lirpa_bounds.Result)
+        row = whole[result.label] - whole[1 - result.label]
+        point = data.load("digits", "test").x[wanted.index].ravel()
+        worst = np.log1p(np.exp(-(row @ point - 0.2 * np.abs(row).sum())))
+        if way != "forward":  # its boxes of hidden values are the same, but it is linear all the way too
+            assert result.loss_fused == pytest.approx(worst, abs=1e-9)
+        assert result.loss_unfused == pytest.approx(worst, abs=1e-9)
+        assert min(result.loss_fused, result.loss_unfused) >= worst - 1e-12
+
+
+def test_verdicts_do_not_depend_on_the_grouping(trained: str) -> None:
+    params = [
+        lirpa_bounds.Params(
+            network=trained, index=index, radius=(0.0, 0.01, 0.03)[index % 3], norm=norm, method=way,  # type: ignore[arg-type]
+            attack_steps=5,
+        )
+        for index, (way, norm) in enumerate((way, norm) for way in WAYS for norm in ("inf", "2", "1", "inf", "1"))
+    ]  # fmt: skip
+    together = lirpa_bounds.run_many(params)
+    alone = [lirpa_bounds.run(p) for p in params]
+    for one, other in zip(together, alone, strict=True):
+        assert isinstance(one, lirpa_bounds.Result)
+        assert (one.verified, one.prediction, one.margin_attack) == (
+            other.verified, other.prediction, other.margin_attack,
+        )  # fmt: skip
+        np.testing.assert_allclose(one.margins, other.margins, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_ball_of_radius_zero_is_the_network_itself(trained: str, way: str) -> None:
+    for norm in ("inf", "2", "1"):
+        for result in bounds(trained, 3, 0.0, norm=norm, method=way):
+            assert result.margin == pytest.approx(result.margin_clean, abs=1e-9)
+            assert result.margin == pytest.approx(result.margin_attack, abs=1e-9)
+            assert result.loss_unfused >= result.loss_attack
+            assert result.verified == result.correct
+
+
+def test_bounds_in_float32_are_near_and_never_certified(trained: str) -> None:
+    for way in WAYS:
+        double, single = (bounds(trained, 4, 0.003, method=way, arithmetic=a) for a in ("float64", "float32"))
+        assert not column(single, "certified").any()
+        assert column(single, "verified").any()
+        assert (column(double, "certified") == column(double, "verified")).all()
+        # What the rounding of float32 may add is taken off too: some 0.02 here.
+        assert (column(single, "margins") <= column(double, "margins") + 1e-6).all()
+        np.testing.assert_allclose(column(single, "margins"), column(double, "margins"), rtol=0, atol=0.1)
+
+
+def test_functions_and_products_are_bounded_too() -> None:
+    generator = np.random.default_rng(2)
+    graph = Graph(
+        (
+            Reshape("flatten", "x", "f", (64,)),
+            Dense("one", "f", "p", (12,), singles(generator, 12, 64) / 8, np.zeros(12)),
+            Activation("tanh", "p", "t", (12,), "tanh"),
+            Activation("sigmoid", "p", "s", (12,), "sigmoid"),
+            Product("gate", "t", "g", (12,), "s"),
+            Dense("two", "g", "y", (10,), singles(generator, 10, 12), np.zeros(10)),
+        ),
+        "x", "y", (1, 8, 8), (10,),
+    )  # fmt: skip
+    network, count, radius = kept(graph), 4, 0.05
+    region = Ball("inf", images(count), torch.full((count,), radius, dtype=F64), 0.0, 1.0)
+    points = drawn(region, 2000)
+    values = forward(graph, points.flatten(0, 1)).unflatten(0, points.shape[:2]).numpy()
+    widths = {}
+    for way in WAYS:
+        results = bounds(network, count, radius, method=way)
+        assert (values >= column(results, "lower")[:, None] - 1e-12).all(), way
+        assert (values <= column(results, "upper")[:, None] + 1e-12).all(), way
+        widths[way] = (column(results, "upper") - column(results, "lower")).mean()
+        assert results[0].layers == ["p", "t", "s", "y"]
+    assert widths["crown"] <= widths["crown_ibp"] < widths["ibp"]
+    assert widths["forward"] < widths["ibp"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"perturbation": "weights", "norm": "2"}, "of norm inf"),
+        ({"layers": [0]}, "perturbation: weights"),
+        ({"index": 10_000}, "599"),
+        ({"norm": "3"}, "norm"),
+    ],
+)
+def test_params_that_make_no_sense_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        lirpa_bounds.Params.model_validate({"network": "onnx:" + 64 * "0", "index": 0, "radius": 0.1} | wrong)
+
+
+def test_a_network_for_other_data_is_refused_and_one_output_is_no_question(trained: str) -> None:
+    with pytest.raises(InvalidInput, match="does not take iris"):
+        lirpa_bounds.run(lirpa_bounds.Params(network=trained, dataset="iris", index=0, radius=0.1))
+    with pytest.raises(NotApplicable, match="one output"):
+        lirpa_bounds.run(lirpa_bounds.Params(network=linear([np.ones((1, 64))]), index=0, radius=0.1))
