@@ -118,10 +118,11 @@ def bounds(
         for start in range(0, len(c), block):
             pairs = torch.arange(start, min(start + block, len(c)))
             owner = pairs // each
-            parts.append(_Block(chain, c[pairs], [(low[owner], high[owner]) for low, high in slope]).bounds())
+            parts.append(Block(chain, c[pairs], [(low[owner], high[owner]) for low, high in slope]).bounds())
 
     def whole(place: int, *shape: int) -> Tensor:
-        return torch.cat([part[place] for part in parts]).reshape(count, each, *shape)
+        column: list = [part[place] for part in parts]
+        return torch.cat(column).reshape(count, each, *shape)
 
     shape = graph.input_shape
     scores = tuple(
@@ -159,9 +160,9 @@ def _error(stage: Stage) -> float:
     return 2 * rounding.gamma(stage.terms + 8, stage.bias.dtype)
 
 
-class _Block:
-    """A few pairs of a box and a row. c: (pairs, outputs). slopes: of each activation, (pairs, width) least and largest
-    derivative.
+class Block:
+    """The backward graph over a few pairs of a box and a row. c: (pairs, outputs). slopes: of each activation, the
+    least and the largest derivative, (pairs, width) each.
     """
 
     def __init__(self, chain: Stack, c: Tensor, slopes: list[tuple[Tensor, Tensor]]) -> None:
@@ -216,7 +217,9 @@ class _Block:
 
     # --- linear bounds ------------------------------------------------------------------------------------------------
 
-    def bounds(self) -> tuple:
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        """Lower and upper ends by intervals, then by linear bounds, (pairs, inputs); the norm by either, (pairs,); and
+        scores, see `Bounds`."""
         last = len(self.slopes)
         box = self.a[0]
         low, high = box.lower, box.upper

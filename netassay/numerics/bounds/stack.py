@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -296,66 +296,119 @@ def preactivations(graph: Graph, region: Region) -> tuple[dict[str, Interval], T
             none = torch.zeros(1, math.prod(graph.output_shape), dtype=region.centre.dtype)
             found = backward.lower(graph, region, none)
             return {operation.source: found.values[operation.source] for operation in stack.activations}, found.delicate
-        boxes = interval.propagate(graph, region)
-        lost = rounding.backward(graph, boxes)
+        ends, pads = boxes(graph, region)
         parts = []
         for start in range(0, len(region), stack.block):
             which = slice(start, start + stack.block)
-            ends = [(boxes[op.source].lower[which], boxes[op.source].upper[which]) for op in stack.activations]
-            pads = [lost[op.source][which].flatten(1) for op in stack.activations]
-            parts.append(_block(stack, region[which], [(a.flatten(1), b.flatten(1)) for a, b in ends], pads))
+            block = [(low[which], high[which]) for low, high in ends]
+            parts.append(Forward(stack, region[which], block, [pad[which] for pad in pads]))
     values = {}
     for place, operation in enumerate(stack.activations):
-        low, high = (torch.cat([part[0][place][end] for part in parts]) for end in (0, 1))
+        low, high = (torch.cat([part.found[place][end] for part in parts]) for end in (0, 1))
         shape = (-1, *graph.shape_of(operation.source))
         values[operation.source] = Interval(low.reshape(shape), high.reshape(shape))
-    return values, torch.cat([part[1] for part in parts])
+    return values, torch.cat([part.delicate for part in parts])
 
 
-def _block(
-    stack: Stack, region: Region, boxes: list[tuple[Tensor, Tensor]], pads: list[Tensor]
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    lower, upper = (end.flatten(1) for end in region.box())
-    centre, radius = (lower + upper) / 2, (upper - lower) / 2
-    delicate = torch.zeros(len(region), dtype=torch.bool)
-    found: list[tuple[Tensor, Tensor]] = []
-    selections: list[Selection] = []
-    matrices: list[Tensor] = []  # transposed: from the coefficients of these neurons to those before
-    constants: list[Tensor] = []
-    lines: list[Sides] = []
-    for place, stage in enumerate(stack.stages[:-1]):
-        low, high = boxes[place]
-        noise = NOISE * pads[place]
-        if place:
-            low, high = _step(stage, *found[-1], low, high)
-            delicate |= _near(low, high, noise, low, high)
-            low, high = low.clone(), high.clone()
-            for rows, own in _rows(low, high, stage, centre.shape[1]):
-                below, above = _walk(stack, place, rows, selections, matrices, constants, lines)
-                slack = pads[place].gather(1, rows)
-                for end, value, better in (
-                    (low, below - slack, torch.maximum),
-                    (high, above + slack, torch.minimum),
-                ):
-                    known = end.gather(1, rows)
-                    proved = torch.where(own & torch.isfinite(value), better(known, value), known)
-                    end.scatter_(1, rows, proved)
-        delicate |= _near(low, high, noise, low + high, low, high)
-        found.append((low, high))
-        if place + 1 < len(stack.stages) - 1:
-            unstable = (low < 0) & (high > 0)
-            chosen = Selection.of(unstable, low >= 0)
-            line = backward.Lines.of(Interval(chosen.take(low), chosen.take(high)))
-            matrix = gathered(stage, chosen.index, selections[-1].index if selections else None)
-            constant = torch.nn.functional.pad(stage.bias, (0, 1))[chosen.index]
-            if not place:
-                constant = constant + (matrix @ centre[:, :, None])[:, :, 0]
-                matrix *= radius[:, None]
-            matrices.append(matrix.transpose(1, 2))
-            constants.append(constant[:, :, None])
-            selections.append(chosen)
-            lines.append(Sides.between((line.alpha, torch.zeros_like(line.alpha)), (line.slope, line.intercept)))
-    return found, delicate
+def boxes(graph: Graph, region: Region) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """Of each activation the interval bounds of what it reads, and what rounding may add to a backward bound of it, for
+    the region and every part of it: (batch, width) each."""
+    stack = of(graph, region.centre.dtype)
+    found = interval.propagate(graph, region)
+    lost = rounding.backward(graph, found)
+    sources = [operation.source for operation in stack.activations]
+    ends = [(found[source].lower.flatten(1), found[source].upper.flatten(1)) for source in sources]
+    return ends, [lost[source].flatten(1) for source in sources]
+
+
+#: (d, m) -> bounds below and above of rows d + m y over the points y of [-1, 1]^n that count; see `Forward.linear`.
+Extremes = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
+
+
+def over_the_box(d: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """All points of [-1, 1]^n count."""
+    half = absolute_sum(m)
+    return d[:, 0] - half[:, 0], d[:, 1] + half[:, -1]
+
+
+class Forward:
+    """CROWN of all pre-activations of a ReLU stack over a block of boxes.
+
+    boxes: of each activation, (batch, width) ends that are known beforehand; a neuron of which one sign is known is
+    taken to be linear. pads: what rounding may add. found: the bounds, as `boxes`. delicate: (batch,), see `backward`.
+    """
+
+    def __init__(
+        self, stack: Stack, region: Region, boxes: list[tuple[Tensor, Tensor]], pads: list[Tensor],
+        extremes: Extremes = over_the_box,
+    ) -> None:  # fmt: skip
+        self.stack = stack
+        lower, upper = (end.flatten(1) for end in region.box())
+        self.centre, self.radius = (lower + upper) / 2, (upper - lower) / 2
+        self.delicate = torch.zeros(len(lower), dtype=torch.bool)
+        self.found: list[tuple[Tensor, Tensor]] = []
+        self.selections: list[Selection] = []
+        # Transposed: from the coefficients of these neurons to those before. Constants: biases, and the centre's share.
+        self.matrices: list[Tensor] = []
+        self.constants: list[Tensor] = []
+        self.lines: list[Sides] = []
+        for place, stage in enumerate(stack.stages[:-1]):
+            low, high = boxes[place]
+            noise = NOISE * pads[place]
+            if place:
+                low, high = _step(stage, *self.found[-1], low, high)
+                self.delicate |= _near(low, high, noise, low, high)
+            if place or extremes is not over_the_box:
+                low, high = self._tightened(place, low, high, pads[place], extremes)
+            self.delicate |= _near(low, high, noise, low + high, low, high)
+            self.found.append((low, high))
+            if place + 1 < len(stack.stages) - 1:
+                self._select(place)
+
+    def _select(self, place: int) -> None:
+        stage, (low, high) = self.stack.stages[place], self.found[place]
+        chosen = Selection.of((low < 0) & (high > 0), low >= 0)
+        line = backward.Lines.of(Interval(chosen.take(low), chosen.take(high)))
+        matrix = gathered(stage, chosen.index, self.selections[-1].index if self.selections else None)
+        constant = torch.nn.functional.pad(stage.bias, (0, 1))[chosen.index]
+        if not place:
+            constant = constant + (matrix @ self.centre[:, :, None])[:, :, 0]
+            matrix *= self.radius[:, None]
+        self.matrices.append(matrix.transpose(1, 2))
+        self.constants.append(constant[:, :, None])
+        self.selections.append(chosen)
+        self.lines.append(Sides.between((line.alpha, torch.zeros_like(line.alpha)), (line.slope, line.intercept)))
+
+    def _tightened(
+        self, place: int, low: Tensor, high: Tensor, pad: Tensor, extremes: Extremes
+    ) -> tuple[Tensor, Tensor]:
+        low, high = low.clone(), high.clone()
+        for rows, own in _rows(low, high, self.stack.stages[place], self.centre.shape[1]):
+            below, above = extremes(*self.linear(place, rows))
+            slack = pad.gather(1, rows)
+            for end, value, better in ((low, below - slack, torch.maximum), (high, above + slack, torch.minimum)):
+                known = end.gather(1, rows)
+                end.scatter_(1, rows, torch.where(own & ~torch.isnan(value), better(known, value), known))
+        return low, high
+
+    def linear(self, place: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Linear bounds of pre-activations in y = (x - centre) / radius, without what rounding adds.
+
+        rows: (batch, rows), neurons of activation `place`. Returns d, (batch, 2, rows), and m, (batch, inputs, 2, rows)
+        or with 1 for 2 where both bounds are the same: d + m y is below at side 0, above at side 1.
+        """
+        stage = self.stack.stages[place]
+        d = stage.bias[rows][:, None]
+        if not place:
+            m = stage.tall[rows].transpose(1, 2)[:, :, None]
+            return (d + dot(self.centre[:, :, None], m)).expand(-1, 2, -1), m * self.radius[:, :, None, None]
+        m = gathered(stage, rows, self.selections[place - 1].index).transpose(1, 2).contiguous()[:, :, None]
+        for j in range(place - 1, -1, -1):
+            unstable, constant = self.selections[j].unstable, self.constants[j]
+            a, added = self.lines[j].through(m)
+            d = d + added + dot(constant[:, :unstable], a) + dot(constant[:, unstable:], m[:, unstable:])
+            m = advance(self.matrices[j], a, m)
+        return d, m
 
 
 def _near(low: Tensor, high: Tensor, noise: Tensor, *choices: Tensor) -> Tensor:
@@ -391,22 +444,3 @@ def _rows(low: Tensor, high: Tensor, stage: Stage, widest: int) -> Iterator[tupl
     widest = max(widest, stage.inputs)
     for rows in order.split(max(1, backward.COEFFICIENTS // (2 * widest * len(low))), dim=1):
         yield rows, own.gather(1, rows)
-
-
-def _walk(
-    stack: Stack, place: int, rows: Tensor, selections: list[Selection], matrices: list[Tensor],
-    constants: list[Tensor], lines: list[Sides],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Lower and upper bounds of these pre-activations of stage `place`: (batch, rows)."""
-    stage = stack.stages[place]
-    m = gathered(stage, rows, selections[place - 1].index).transpose(1, 2).contiguous()[:, :, None]
-    d = stage.bias[rows][:, None]
-    for j in range(place - 1, -1, -1):
-        unstable = selections[j].unstable
-        a, added = lines[j].through(m)
-        on = m[:, unstable:]
-        d = d + added + dot(constants[j][:, :unstable], a) + dot(constants[j][:, unstable:], on)
-        # The first stage has the radius of each input in it, and its constants the centre.
-        m = advance(matrices[j], a, m)
-    half = absolute_sum(m)
-    return d[:, 0] - half[:, 0], d[:, 1] + half[:, 1]
