@@ -316,10 +316,19 @@ def test_bounds_match_a_peer(name: str, bound: float) -> None:
     assert found.norm[0, 0].item() == pytest.approx(bound, rel=1e-4)
 
 
-def test_intervals_of_an_overflowing_network_say_nothing_rather_than_something_false() -> None:
+def test_what_overflows_says_nothing_rather_than_something_false() -> None:
     big = np.full((3, 3), 1e200)
-    graph = mlp([big, big, big], [np.zeros(3)] * 3)
-    region = Ball("inf", torch.zeros(1, 3, dtype=F64), torch.ones(1, dtype=F64))
-    values = interval.propagate(graph, region)
-    found = jacobian.bounds(graph, region, torch.eye(3, dtype=F64), values=values)
-    assert not (found.norm < 1e300).any()
+    for weights in (
+        [big, big, big],
+        [big, -big, big / 1e200, big],
+        [big, big, -big, big, big],
+        [big / 1e200, big, big],
+    ):
+        graph = mlp(weights, [np.zeros(3)] * len(weights))
+        region = Ball("inf", torch.ones(2, 3, dtype=F64), torch.tensor([1e-3, 2.0], dtype=F64))
+        for values in (None, interval.propagate(graph, region)):
+            found = jacobian.bounds(graph, region, torch.eye(3, dtype=F64), values=values)
+            assert (found.norm == torch.inf).all()
+            assert (found.norm_interval == torch.inf).all()
+            assert (found.linear.upper == torch.inf).all()
+            assert (found.interval.lower == -torch.inf).all()

@@ -47,6 +47,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from netassay.heavy import torch
+from netassay.networks import evaluate
 from netassay.networks.graph import Graph, Operation, Relu
 from netassay.numerics.bounds import backward, rounding, stack
 from netassay.numerics.bounds.interval import Interval
@@ -61,11 +62,13 @@ Derivative = Callable[[Operation, Interval], "tuple[Tensor, Tensor]"]
 
 
 def slopes(operation: Operation, z: Interval) -> tuple[Tensor, Tensor]:
-    """The range of ReLU's derivative. A neuron that is 0 throughout counts as on: both slopes are right there."""
+    """The range of ReLU's derivative. A neuron that is 0 throughout counts as on: both slopes are right there. Of
+    bounds that overflowed nothing follows, whatever their sign."""
     if not isinstance(operation, Relu):
         raise NotImplementedError(f"no derivative is known for {type(operation).__name__} ({operation.name})")
-    on = z.lower >= 0
-    return on.to(z.lower.dtype), (on | (z.upper > 0)).to(z.lower.dtype)
+    on = (z.lower >= 0) & (z.lower < torch.inf)
+    off = (z.upper <= 0) & (z.upper > -torch.inf) & ~on
+    return on.to(z.lower.dtype), (~off).to(z.lower.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,7 @@ class Bounds:
     """interval, linear: the Jacobian's entries, (batch, rows, *input); linear lies within interval.
 
     norm_interval, norm: (batch, rows), at least sup |J|_1, by interval and by linear bounds; norm <= norm_interval.
+    rounding: (batch, rows), at least what rounding changes in |J|_1 as computed in this dtype at a point of the region.
     scores: of each activation (batch, rows, width): how much a neuron's open derivative adds to `norm`, about.
     values: the pre-activation boxes used. delicate: (batch,), bool; a neuron is so nearly stable that rounding may turn
     it when the same region is bounded in another block.
@@ -82,6 +86,7 @@ class Bounds:
     linear: Interval
     norm_interval: Tensor
     norm: Tensor
+    rounding: Tensor
     scores: tuple[Tensor, ...]
     values: Mapping[str, Interval]
     delicate: Tensor
@@ -130,7 +135,7 @@ def bounds(
     )
     return Bounds(
         Interval(whole(0, *shape), whole(1, *shape)), Interval(whole(2, *shape), whole(3, *shape)),
-        whole(4), whole(5), scores, values, delicate,
+        whole(4), whole(5), whole(7), scores, values, delicate,
     )  # fmt: skip
 
 
@@ -158,6 +163,101 @@ def product_of_norms(graph: Graph, rows: Tensor) -> Tensor:
 def _error(stage: Stage) -> float:
     """Relative to |W|: what rounding can change in a product with W."""
     return 2 * rounding.gamma(stage.terms + 8, stage.bias.dtype)
+
+
+def at(graph: Graph, points: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The Jacobian of C f at points, (points, rows, *input), up to rounding, and what the activations read there.
+
+    points: (points, *input); rows: (rows, outputs). At a kink of an activation it is what autograd says, which need not
+    be in the Clarke Jacobian of the network: look at what the activations read.
+    """
+    chain = stack.of(graph, points.dtype)
+    with torch.no_grad():
+        read, derivatives, x = {}, [], points
+        for stage, operation in zip(chain.stages, chain.activations, strict=False):
+            z = (stage.rows(x.flatten(1)) + stage.bias).reshape(-1, *stage.shape)
+            x, derivative = _sloped(operation, z)
+            read[operation.source] = z
+            derivatives.append(derivative.flatten(1))
+        a = chain.stages[-1].adjoint(rows).expand(len(points), -1, -1)
+        for stage, derivative in zip(reversed(chain.stages[:-1]), reversed(derivatives), strict=True):
+            a = stage.adjoint((a * derivative[:, None]).flatten(0, 1)).unflatten(0, a.shape[:2])
+        return a.reshape(len(points), len(rows), *graph.input_shape), read
+
+
+def _sloped(operation: Operation, z: Tensor) -> tuple[Tensor, Tensor]:
+    """An activation and its derivative."""
+    if isinstance(operation, Relu):
+        return z.clamp(min=0), (z > 0).to(z.dtype)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        y = evaluate.apply(operation, z)
+        (derivative,) = torch.autograd.grad(y.sum(), z)
+    return y.detach(), derivative
+
+
+@dataclass(frozen=True, eq=False)
+class Steepest:
+    """norm: at most sup |J|_1 over the region, of all rows; met at `point`, (*input), by the row `row`."""
+
+    norm: float
+    point: Tensor
+    row: int
+
+
+#: Points evaluated at once; points that move; the share of coordinates that a move draws anew, at first and at last.
+_POINTS, _MOVING, _FIRST_SHARE, _LAST_SHARE = 1024, 16, 0.5, 0.02
+
+
+def steepest(
+    graph: Graph, region: Region, rows: Tensor, pads: Mapping[str, Tensor], slack: Tensor,
+    *, samples: int, moves: int, seed: int, points: Tensor | None = None,
+) -> Steepest:  # fmt: skip
+    """The largest |J|_1 met at points of one set: drawn, half of them its corners, the other half inside; then the best
+    ones move, some coordinates drawn anew at a time, where that makes it larger. (|J|_1 of a ReLU network is constant
+    on each piece: there is no gradient to follow.)
+
+    A point counts where each ReLU reads more than `pads`, (*shape), in absolute value: more than rounding, so that its
+    gradient is one of the network. slack: (rows,), what rounding may have added to a norm, is taken off. points:
+    (number, *input), to try besides. The norm is 0 where no point counts.
+    """
+    lower, upper = (end[0] for end in region.box())
+    generator = torch.Generator().manual_seed(seed)
+    inputs = tuple(lower.shape)
+
+    def norms(x: Tensor) -> Tensor:
+        gradient, read = at(graph, x, rows)
+        norm = gradient.flatten(2).abs().sum(2) - slack
+        for name, z in read.items():
+            norm = torch.where((z.abs() > pads[name]).flatten(1).all(1)[:, None], norm, 0.0)
+        return norm.amax(1)
+
+    found, value = [region.centre[:1]], [norms(region.centre[:1])]
+    if points is not None:
+        found.append(points)
+        value.append(norms(points))
+    for start in range(0, samples, _POINTS):
+        count = min(_POINTS, samples - start)
+        x = torch.rand(count, *inputs, generator=generator, dtype=lower.dtype)
+        x[: count // 2] = x[: count // 2].round()
+        found.append(lower + x * (upper - lower))
+        value.append(norms(found[-1]))
+    x, v = torch.cat(found), torch.cat(value)
+    best = v.argsort(descending=True, stable=True)[:_MOVING]
+    x, v = x[best], v[best]
+    for move in range(moves):
+        share = _FIRST_SHARE * (_LAST_SHARE / _FIRST_SHARE) ** (move / max(1, moves - 1))
+        drawn = torch.rand(len(x), *inputs, generator=generator, dtype=lower.dtype)
+        mask = torch.rand(len(x), *inputs, generator=generator, dtype=lower.dtype) < share
+        drawn = torch.where(torch.rand(len(x), *[1] * len(inputs), generator=generator) < 0.5, drawn, drawn.round())
+        candidate = torch.where(mask, lower + drawn * (upper - lower), x)
+        w = norms(candidate)
+        x = torch.where((w > v).reshape(-1, *[1] * len(inputs)), candidate, x)
+        v = torch.maximum(v, w)
+    place = int(v.argmax())
+    gradient, _ = at(graph, x[place : place + 1], rows)
+    row = int((gradient[0].flatten(1).abs().sum(1) - slack).argmax())
+    return Steepest(float(v[place]), x[place], row)
 
 
 class Block:
@@ -217,9 +317,9 @@ class Block:
 
     # --- linear bounds ------------------------------------------------------------------------------------------------
 
-    def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor]:
         """Lower and upper ends by intervals, then by linear bounds, (pairs, inputs); the norm by either, (pairs,); and
-        scores, see `Bounds`."""
+        scores and rounding, see `Bounds`."""
         last = len(self.slopes)
         box = self.a[0]
         low, high = box.lower, box.upper
@@ -237,7 +337,15 @@ class Block:
         if last:
             together, scores = self._together(low, high)
             norm = torch.fmin(norm, together)
-        return box.lower, box.upper, low, high, sums, norm, scores
+        known = torch.isfinite(self.errors[0]).all(1)
+        for found in (*self.a, *self.b[1:]):
+            known &= (torch.isfinite(found.lower) & torch.isfinite(found.upper)).all(1)
+        every = known[:, None]
+        box_low, low = (torch.where(every, end, -torch.inf) for end in (box.lower, low))
+        box_high, high = (torch.where(every, end, torch.inf) for end in (box.upper, high))
+        sums, norm, lost = (torch.where(known, v, torch.inf) for v in (sums, norm, self._sum(self.errors[0])))
+        scores = [torch.where(every, score, 0.0) for score in scores]
+        return box_low, box_high, low, high, sums, norm, scores, lost
 
     def _sum(self, v: Tensor) -> Tensor:
         """Sums of positive numbers, rounded upward."""

@@ -14,6 +14,7 @@ functions. 2018.
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -288,37 +289,59 @@ def _chosen(mask: Tensor) -> Tensor:
 def preactivations(graph: Graph, region: Region) -> tuple[dict[str, Interval], Tensor]:
     """Boxes of the values that activations read, by CROWN, and which of them are delicate: (batch,), see `backward`.
 
-    Of a chain of linear maps and ReLU, in the dtype of the region.
+    Of a chain of linear maps and ReLU, in the dtype of the region. All are infinite in a box where a bound overflows.
     """
     stack = of(graph, region.centre.dtype)
     with torch.no_grad():
-        if not stack.dense or not stack.activations:
+        start = boxes(graph, region)
+        if stack.dense:
+            parts = []
+            for first in range(0, len(region), stack.block):
+                which = slice(first, first + stack.block)
+                ends = [(low[which], high[which]) for low, high in start.ends]
+                parts.append(Forward(stack, region[which], ends, [pad[which] for pad in start.pads]))
+            delicate = torch.cat([part.delicate for part in parts])
+            places = range(len(stack.activations))
+            found = [tuple(torch.cat([part.found[i][end] for part in parts]) for end in (0, 1)) for i in places]
+        else:
             none = torch.zeros(1, math.prod(graph.output_shape), dtype=region.centre.dtype)
-            found = backward.lower(graph, region, none)
-            return {operation.source: found.values[operation.source] for operation in stack.activations}, found.delicate
-        ends, pads = boxes(graph, region)
-        parts = []
-        for start in range(0, len(region), stack.block):
-            which = slice(start, start + stack.block)
-            block = [(low[which], high[which]) for low, high in ends]
-            parts.append(Forward(stack, region[which], block, [pad[which] for pad in pads]))
-    values = {}
-    for place, operation in enumerate(stack.activations):
-        low, high = (torch.cat([part.found[place][end] for part in parts]) for end in (0, 1))
-        shape = (-1, *graph.shape_of(operation.source))
-        values[operation.source] = Interval(low.reshape(shape), high.reshape(shape))
-    return values, torch.cat([part.delicate for part in parts])
+            whole = backward.lower(graph, region, none)
+            delicate, of_all = whole.delicate, [whole.values[operation.source] for operation in stack.activations]
+            found = [(box.lower.flatten(1), box.upper.flatten(1)) for box in of_all]
+        known = start.finite.clone()
+        for ends_ in found:
+            known &= torch.isfinite(torch.stack(ends_)).flatten(2).all(2).all(0)
+        values = {}
+        for operation, (low, high) in zip(stack.activations, found, strict=True):
+            low, high = torch.where(known[:, None], low, -torch.inf), torch.where(known[:, None], high, torch.inf)
+            shape = (-1, *graph.shape_of(operation.source))
+            values[operation.source] = Interval(low.reshape(shape), high.reshape(shape))
+        return values, delicate
 
 
-def boxes(graph: Graph, region: Region) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """Of each activation the interval bounds of what it reads, and what rounding may add to a backward bound of it, for
-    the region and every part of it: (batch, width) each."""
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """ends: of each activation the interval bounds of what it reads, (batch, width) each. pads: what rounding may add
+    to a backward bound of it, for the region and every part of it, (batch, width). finite: (batch,), whether no bound
+    of any value overflowed; elsewhere the ends mean nothing, for a ReLU takes an end of -infinity to 0.
+    """
+
+    ends: list[tuple[Tensor, Tensor]]
+    pads: list[Tensor]
+    finite: Tensor
+
+
+def boxes(graph: Graph, region: Region) -> Boxes:
     stack = of(graph, region.centre.dtype)
     found = interval.propagate(graph, region)
     lost = rounding.backward(graph, found)
     sources = [operation.source for operation in stack.activations]
     ends = [(found[source].lower.flatten(1), found[source].upper.flatten(1)) for source in sources]
-    return ends, [lost[source].flatten(1) for source in sources]
+    pads = [lost[source].flatten(1) for source in sources]
+    finite = torch.ones(len(region), dtype=torch.bool)
+    for end in itertools.chain(*((box.lower, box.upper) for box in found.values()), pads):
+        finite &= torch.isfinite(end).flatten(1).all(1)
+    return Boxes(ends, pads, finite)
 
 
 #: (d, m) -> bounds below and above of rows d + m y over the points y of [-1, 1]^n that count; see `Forward.linear`.

@@ -123,7 +123,8 @@ class _Search:
         self, chain: stack.Stack, graph: Graph, region: Region, rows: Tensor, budget: int, least: float, batch: int
     ) -> None:
         self.chain, self.rows, self.budget, self.least, self.batch = chain, rows, budget, least, batch
-        ends, self.pads = stack.boxes(graph, region)
+        start = stack.boxes(graph, region)
+        ends, self.pads = start.ends, start.pads
         lower, upper = (end.flatten() for end in region.box())
         self.lower, self.upper = lower, upper
         self.small = sum(low.shape[1] for low, _ in ends) <= EXACT and len(lower) <= EXACT
@@ -133,10 +134,14 @@ class _Search:
         self.open: list[tuple[float, int, list[_Part]]] = []
         none = lower.new_zeros(0, len(lower) + 1)
         first = tuple((low[0], high[0]) for low, high in ends)
+        self.finite = bool(start.finite.all())
         self.waiting = [_Part(lower, upper, row, first, none, (), math.inf) for row in range(len(rows))]
 
     def run(self) -> Answer:
         answer = self.answer
+        if not self.finite:  # nothing can be said, of no part
+            answer.open = len(self.waiting)
+            return answer
         while (self.waiting or self.open) and answer.parts < self.budget:
             if not self.waiting:
                 taken = max(1, min(self.batch, self.budget - answer.parts) // 2)
@@ -182,7 +187,8 @@ class _Search:
             jacobian.slopes(operation, Interval(low, high))
             for operation, (low, high) in zip(self.chain.activations, forward.found, strict=True)
         ]
-        *_, norms, scores = jacobian.Block(self.chain, self.rows[[part.row for part in parts]], slopes).bounds()
+        c = self.rows[[part.row for part in parts]]
+        *_, norms, scores, _ = jacobian.Block(self.chain, c, slopes).bounds()
         split: dict[int, list[tuple[int, int]]] = {}
         bounded = []
         for place, part in enumerate(parts):
@@ -330,7 +336,8 @@ class _System:
         self.point: Tensor | None = None
         terms = sum(stage.terms + stage.inputs for stage in chain.stages)
         self.unit = 4 * rounding.gamma(terms, torch.float64)
-        self.exactly = all(len(stage.steps) == 1 for stage in chain.stages)
+        # Matrices multiplied beforehand are rounded.
+        self.exactly = all(sum(w.weight is not None for _, w, _ in stage.steps) < 2 for stage in chain.stages)
 
     def _forms(self, of: Any) -> tuple[Any, Any, Any]:
         """g (splits, inputs) and h (splits,), in numbers `of` (float or Fraction); and the size of the sums in them."""
