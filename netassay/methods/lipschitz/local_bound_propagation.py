@@ -387,9 +387,11 @@ def _against_radius(name: str, records: list[Record]) -> Panel:
 
 def _against_parts(records: list[Record]) -> Panel:
     marks: list[Any] = []
-    for record in records:
+    # The longest searches, for those of a few parts show nothing.
+    longest = sorted(records, key=lambda record: -len((record.result or {})["trace_parts"]))[:_TRACES]
+    for record in longest:
         result: Any = record.result
-        if result["trace_parts"] and len(marks) < _TRACES:
+        if result["trace_parts"]:
             label = f"{record.params['index']}, radius {float(record.params['radius']):g}"
             marks.append(Line(x=result["trace_parts"], y=result["trace_bounds"], label=label))
     title = "Branch and bound, by example"

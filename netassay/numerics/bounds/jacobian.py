@@ -42,6 +42,7 @@ networks and its applications. 2019. (The same graph, bounded layer by layer.)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,13 +50,19 @@ from typing import TYPE_CHECKING
 from netassay.heavy import torch
 from netassay.networks import evaluate
 from netassay.networks.graph import Graph, Operation, Relu
-from netassay.numerics.bounds import backward, rounding, stack
+from netassay.numerics.bounds import rounding, stack
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.regions import Region
 from netassay.numerics.bounds.stack import Selection, Sides, Stack, Stage, absolute_sum, advance, dot, gathered
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Coefficients of one pass, boxes x sides x rows x neurons: 2 MiB in float64, one core's cache. Half and twice as many
+#: took up to a tenth longer on a 784-256-256-10 net.
+PORTION = 1 << 18
+#: Pairs of a box and a row whose whole layers are bounded by intervals at once.
+_PAIRS = 256
 
 #: (activation, box of what it reads) -> least and largest derivative there, each of the box's shape.
 Derivative = Callable[[Operation, Interval], "tuple[Tensor, Tensor]"]
@@ -119,24 +126,23 @@ def bounds(
         each = rows.shape[-2]
         c = rows.to(dtype).expand(count, each, rows.shape[-1]).flatten(0, 1)
         parts = []
-        block = block or chain.block
-        for start in range(0, len(c), block):
-            pairs = torch.arange(start, min(start + block, len(c)))
+        for start in range(0, len(c), _PAIRS):
+            pairs = torch.arange(start, min(start + _PAIRS, len(c)))
             owner = pairs // each
-            parts.append(Block(chain, c[pairs], [(low[owner], high[owner]) for low, high in slope]).bounds())
-
-    def whole(place: int, *shape: int) -> Tensor:
-        column: list = [part[place] for part in parts]
-        return torch.cat(column).reshape(count, each, *shape)
-
-    shape = graph.input_shape
-    scores = tuple(
-        torch.cat([part[6][layer] for part in parts]).reshape(count, each, -1) for layer in range(len(slope))
-    )
+            whole = Backward(chain, c[pairs], [(low[owner], high[owner]) for low, high in slope])
+            parts.append(whole.bounds(block or chain.block))
+        entries, norms = (
+            [torch.cat(column).reshape(count, each, *shape) for column in zip(*chosen, strict=True)]
+            for chosen, shape in (
+                ([part.entries for part in parts], graph.input_shape), ([part.norms for part in parts], ()),
+            )
+        )  # fmt: skip
+        scores = [torch.cat(layer).reshape(count, each, -1) for layer in zip(*(p.scores for p in parts), strict=True)]
+    low, high, tighter_low, tighter_high = entries
+    sums, norm, lost = norms
     return Bounds(
-        Interval(whole(0, *shape), whole(1, *shape)), Interval(whole(2, *shape), whole(3, *shape)),
-        whole(4), whole(5), whole(7), scores, values, delicate,
-    )  # fmt: skip
+        Interval(low, high), Interval(tighter_low, tighter_high), sums, norm, lost, tuple(scores), values, delicate
+    )
 
 
 def product_of_norms(graph: Graph, rows: Tensor) -> Tensor:
@@ -260,9 +266,23 @@ def steepest(
     return Steepest(float(v[place]), x[place], row)
 
 
-class Block:
-    """The backward graph over a few pairs of a box and a row. c: (pairs, outputs). slopes: of each activation, the
-    least and the largest derivative, (pairs, width) each.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Of pairs of a box and a row: entries, the lower and upper ends by intervals, then those by linear bounds, (pairs,
+    inputs); norms, by intervals, by linear bounds, and what rounding adds, (pairs,). scores: see `Bounds`.
+    """
+
+    entries: tuple[Tensor, Tensor, Tensor, Tensor]
+    norms: tuple[Tensor, Tensor, Tensor]
+    scores: list[Tensor]
+
+
+class Backward:
+    """The backward graph over pairs of a box and a row. c: (pairs, outputs). slopes: of each activation, the least and
+    the largest derivative, (pairs, width) each.
+
+    Intervals are over whole layers, for all pairs at once; linear bounds over the neurons that take part, for a part of
+    the pairs at a time: `self[which]`.
     """
 
     def __init__(self, chain: Stack, c: Tensor, slopes: list[tuple[Tensor, Tensor]]) -> None:
@@ -270,9 +290,26 @@ class Block:
         self.certified = c.dtype == torch.float64
         #: Largest |derivative|.
         self.steepest = [torch.maximum(low.abs(), high.abs()) for low, high in slopes]
+        #: Boxes of A_0 .. A_m and, behind a first one that is not used, of B_1 .. B_m; e of each A.
         self.a: list[Interval] = [None] * (len(slopes) + 1)  # type: ignore[list-item]
         self.b: list[Interval] = [None] * (len(slopes) + 1)  # type: ignore[list-item]
+        self.errors: list[Tensor] = []
         self._intervals(c)
+        if slopes:
+            b, open_ = self.b[-1], slopes[-1][0] < slopes[-1][1]
+            #: The middle of B_m as seen from the layer before, and its radius where D_m is open; the radius elsewhere
+            #: is rounding, and in e(B_m).
+            self.middle = chain.stages[len(slopes) - 1].adjoint((b.lower + b.upper) / 2)
+            self.radius = torch.where(open_, (b.upper - b.lower) / 2, 0.0)
+
+    def __getitem__(self, which: slice) -> Backward:
+        """Some of the pairs."""
+        part = copy.copy(self)
+        part.slopes = [(low[which], high[which]) for low, high in self.slopes]
+        part.a = [Interval(box.lower[which], box.upper[which]) for box in self.a]
+        part.errors = [error[which] for error in self.errors]
+        part.middle, part.radius = self.middle[which], self.radius[which]
+        return part
 
     # --- intervals ----------------------------------------------------------------------------------------------------
 
@@ -295,7 +332,7 @@ class Block:
         """Boxes of all A_i and B_i, and e(A_i), all over whole layers."""
         chain, last = self.chain, len(self.slopes)
         self.a[last] = self._back(chain.stages[last], Interval(c, c))
-        self.errors: list[Tensor] = [torch.zeros_like(self.a[last].lower)] * (last + 1)
+        self.errors = [torch.zeros_like(self.a[last].lower)] * (last + 1)
         lost = torch.zeros(len(c), 1, dtype=self.dtype)
         # Roundings beyond the sums of a stage: slopes, intercepts, and the constants of all layers.
         widest = max((low.shape[1] for low, _ in self.slopes), default=1)
@@ -317,35 +354,41 @@ class Block:
 
     # --- linear bounds ------------------------------------------------------------------------------------------------
 
-    def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-        """Lower and upper ends by intervals, then by linear bounds, (pairs, inputs); the norm by either, (pairs,); and
-        scores and rounding, see `Bounds`."""
-        last = len(self.slopes)
-        box = self.a[0]
-        low, high = box.lower, box.upper
-        scores = [torch.zeros_like(low) for low, _ in self.slopes]
-        if last:
-            self._select()
-            for p in range(last - 2, 0, -1):
-                self._tighten(p)
-            self._draw_lines(1)
-            if last > 1:
-                low, high = self._entries()
+    def bounds(self, block: int) -> Found:
+        """Of all pairs; `block` of them share a linear pass."""
+        box, errors = self.a[0], self.errors[0]
         sums = self._sum(torch.maximum(box.lower.abs(), box.upper.abs()))
-        entries = self._sum(torch.maximum(low.abs(), high.abs()))
-        norm = torch.minimum(sums, entries)
-        if last:
-            together, scores = self._together(low, high)
+        low, high, norm = box.lower, box.upper, sums
+        scores: list[Tensor] = []
+        if self.slopes:
+            parts = [self[start : start + block]._linear() for start in range(0, len(low), block)]
+            low, high, together = (torch.cat([part[place] for part in parts]) for place in range(3))  # type: ignore[misc]
+            scores = [torch.cat(layer) for layer in zip(*(part[3] for part in parts), strict=True)]
+            norm = torch.minimum(sums, self._sum(torch.maximum(low.abs(), high.abs())))
             norm = torch.fmin(norm, together)
-        known = torch.isfinite(self.errors[0]).all(1)
+        # What overflowed somewhere says nothing anywhere.
+        known = torch.isfinite(errors).all(1)
         for found in (*self.a, *self.b[1:]):
             known &= (torch.isfinite(found.lower) & torch.isfinite(found.upper)).all(1)
         every = known[:, None]
-        box_low, low = (torch.where(every, end, -torch.inf) for end in (box.lower, low))
-        box_high, high = (torch.where(every, end, torch.inf) for end in (box.upper, high))
-        sums, norm, lost = (torch.where(known, v, torch.inf) for v in (sums, norm, self._sum(self.errors[0])))
+        lowers = (torch.where(every, end, -torch.inf) for end in (box.lower, low))
+        uppers = (torch.where(every, end, torch.inf) for end in (box.upper, high))
+        (box_low, low), (box_high, high) = lowers, uppers
+        sums, norm, lost = (torch.where(known, v, torch.inf) for v in (sums, norm, self._sum(errors)))
         scores = [torch.where(every, score, 0.0) for score in scores]
-        return box_low, box_high, low, high, sums, norm, scores, lost
+        return Found((box_low, box_high, low, high), (sums, norm, lost), scores)
+
+    def _linear(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Entries, a bound of the norm, scores."""
+        last = len(self.slopes)
+        low, high = self.a[0].lower, self.a[0].upper
+        self._select()
+        for p in range(last - 2, 0, -1):
+            self._tighten(p)
+        self._draw_lines(1)
+        if last > 1:
+            low, high = self._entries()
+        return low, high, *self._together(low, high)
 
     def _sum(self, v: Tensor) -> Tensor:
         """Sums of positive numbers, rounded upward."""
@@ -370,16 +413,13 @@ class Block:
                 chosen = Selection(every, low.shape[1])
                 self.matrices.append(None)
             self.selections.append(chosen)
+        self.radius = self.selections[-1].take(self.radius)
         last = len(self.slopes)
-        b = self.b[last]
-        open_ = self.slopes[-1][0] < self.slopes[-1][1]
-        middle, half = (b.lower + b.upper) / 2, (b.upper - b.lower) / 2
-        #: The middle of B_m as seen from the neurons of the layer before, and its radius where D_m is open; the radius
-        #: elsewhere is rounding, and in e(B_m).
-        self.middle = self.chain.stages[last - 1].adjoint(middle)
-        self.radius = self.selections[-1].take(torch.where(open_, half, 0.0))
-        if dense:
-            self.matrices[-1] = self.matrices[-1] * self.radius[:, :, None]  # type: ignore[operator]
+        self.middle = self.middle if last == 1 else self._seen(last - 1, self.middle)
+        matrix = self.matrices[-1]
+        if matrix is not None:
+            # In units of the radius, and the middle as a row more, for products cost less than passes over memory.
+            self.matrices[-1] = torch.cat([matrix * self.radius[:, :, None], self.middle[:, None]], 1)
         self.lines: list[Sides | None] = [None] * (last + 1)
 
     def _draw_lines(self, first: int) -> None:
@@ -393,8 +433,8 @@ class Block:
     def _walk(self, p: int, m: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Lower and upper bounds, (pairs, rows), of functions of A_p, without e; the coefficients of B on the way.
 
-        m: their coefficients of the selected B_(p+1), (pairs, selected, 1, rows). Where that is B_m, the bounds are of
-        the difference from its middle.
+        m: their coefficients of the selected B_(p+1), (pairs, selected, 1, rows). Where that is B_m, and not of a
+        dense stack, the bounds are of the difference from its middle.
         """
         last, seen = len(self.slopes), [m]
         d: Tensor | float = 0.0
@@ -403,14 +443,15 @@ class Block:
             assert line is not None
             a, added = line.through(m)
             d = d + added
-            if i == last - 1:
-                middle, unstable = self._seen(i, self.middle)[:, :, None], a.shape[1]
-                d = d + dot(middle[:, :unstable], a) + dot(middle[:, unstable:], m[:, unstable:])
+            if i == last - 1 and self.matrices[-1] is None:
+                d = d + dot(self.middle[:, :, None], a)
             m = self._through(i, a, m)
             seen.append(m)
         if self.matrices[-1] is None:
             m = m * self.radius[:, :, None, None]
             seen[-1] = m
+        else:
+            m, d = m[:, :-1], d + m[:, -1]
         half = absolute_sum(m)
         return (d - half)[:, 0], (d + half)[:, -1], seen
 
@@ -456,7 +497,7 @@ class Block:
     def _portion(self) -> int:
         """Rows of one pass, so that their coefficients stay in cache."""
         widest = max(chosen.index.shape[1] for chosen in self.selections)
-        return max(1, backward.COEFFICIENTS // (2 * max(1, widest) * len(self.middle)))
+        return max(1, PORTION // (2 * max(1, widest) * len(self.middle)))
 
     def _entries(self) -> tuple[Tensor, Tensor]:
         """The Jacobian's entries."""
@@ -487,7 +528,7 @@ class Block:
         matrix = self.matrices[0]
         start = self.chain.stages[0].rows(slope)[:, :, None] if matrix is None else matrix @ slope[:, :, None]
         _, above, seen = self._walk(0, start[:, :, None])
-        if len(self.slopes) == 1:
+        if len(self.slopes) == 1 and matrix is None:
             above = above + (slope * self.middle).sum(1, keepdim=True)
         magnitude = torch.maximum(low.abs(), high.abs())
         pad = self.errors[0].sum(1) + 8 * self._gamma(low.shape[1] + 8) * magnitude.sum(1)

@@ -240,8 +240,9 @@ def advance(matrix: Tensor, a: Tensor, m: Tensor) -> Tensor:
 
 
 def absolute_sum(m: Tensor) -> Tensor:
-    """Sums of |m| over neurons: (batch, n, sides, rows) -> (batch, sides, rows)."""
-    return torch.linalg.vector_norm(m, ord=1, dim=1)
+    """Sums of |m| over neurons: (batch, n, sides, rows) -> (batch, sides, rows). m holds |m| afterwards."""
+    # In place, for its memory is in cache; a vector norm along this axis takes four times as long.
+    return m.abs_().sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,7 +350,7 @@ Extremes = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 
 
 def over_the_box(d: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """All points of [-1, 1]^n count."""
+    """All points of [-1, 1]^n count. m holds |m| afterwards."""
     half = absolute_sum(m)
     return d[:, 0] - half[:, 0], d[:, 1] + half[:, -1]
 

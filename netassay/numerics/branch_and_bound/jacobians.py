@@ -188,7 +188,8 @@ class _Search:
             for operation, (low, high) in zip(self.chain.activations, forward.found, strict=True)
         ]
         c = self.rows[[part.row for part in parts]]
-        *_, norms, scores, _ = jacobian.Block(self.chain, c, slopes).bounds()
+        linear = jacobian.Backward(self.chain, c, slopes).bounds(len(parts))
+        norms, scores = linear.norms[1], linear.scores
         split: dict[int, list[tuple[int, int]]] = {}
         bounded = []
         for place, part in enumerate(parts):
@@ -293,7 +294,7 @@ class _Spaces:
 
     def extremes(self, d: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of d + m y over the points of [-1, 1]^n in the half-spaces; see `stack.Extremes`."""
-        below, above = stack.over_the_box(d, m)
+        below, above = stack.over_the_box(d, m.clone())
         m = m.expand(-1, -1, 2, -1)
         # Both as maxima: rows (parts, 2, rows, inputs).
         a = torch.stack([-m[:, :, 0], m[:, :, 1]], 1).transpose(2, 3)
