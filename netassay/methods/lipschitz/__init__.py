@@ -1,1 +1,1 @@
-"""Lipschitz constants and boxes: how much a network can stretch its input, and how much of that a bound can see."""
+"""How far outputs can move when inputs do: Lipschitz constants, global and local, and how tight bounds are."""
