@@ -55,7 +55,7 @@ from netassay.networks.graph import Conv, ConvTranspose, Dense, Graph, Relu
 from netassay.numerics.bounds import backward, optimised, pruning
 from netassay.numerics.bounds.backward import Block, Lines, Relaxation
 from netassay.numerics.bounds.interval import Interval
-from netassay.numerics.bounds.linear import operations
+from netassay.numerics.bounds.linear import MAPS, operations
 from netassay.numerics.bounds.regions import Box
 from netassay.numerics.branch_and_bound.inputs import Answer, Query
 
@@ -68,7 +68,7 @@ FIRST_STEPS, STEPS, LAST_STEPS, RATE, MULTIPLIERS = 20, 10, 300, 0.1, 0.05
 #: Products that the bounds of a part's hidden values may cost, and those of the whole box; about 20 ns each thousand.
 PRODUCTS, FIRST_PRODUCTS = 1e11, 1e12
 #: Rows of hidden values that are bounded together, of as many parts as they come from, and the most parts.
-ROWS, BATCH = 1024, 256
+ROWS, BATCH = 2048, 256
 #: Numbers that one tensor of a batch may hold: 16 MiB in float32.
 NUMBERS = 2**22
 #: Slopes that open parts may keep for the hidden values of their halves, one byte each; parts beyond start afresh.
@@ -102,7 +102,11 @@ class _Problem:
         self.neurons = sum(self.sizes)
         shape = (1, *graph.input_shape)
         box = Box(query.lower.reshape(shape), query.upper.reshape(shape))
-        self.region = {dtype: optimised.region_in(box, dtype) for dtype in (FAST, EXACT)}
+        self.box = box
+        short = _image(graph, box)
+        #: What is walked in each precision, and the region that it ends at.
+        self.graphs = {FAST: graph if short is None else short[0], EXACT: graph}
+        self.region = {FAST: optimised.region_in(box, FAST) if short is None else short[1], EXACT: box}
         count, most = int(query.owners.max()) + 1, int(torch.bincount(query.owners).max())
         # Rows of each conjunction, its first again where it has fewer: (conjunctions, rows).
         places = [(query.owners == number).nonzero()[:, 0] for number in range(count)]
@@ -153,6 +157,54 @@ class _Problem:
         of = self.places[conjunction]
         size = (weights[..., None] * self.query.rows[of].abs()).sum(2)
         return 2 * size @ self.lost_output + 1e-14 * (weights * self.query.bound[of].abs()).sum(2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """A linear image centre + half z, |z| <= 1, of a box, in float32. centre: (values,); half: (values, inputs)."""
+
+    centre: Tensor
+    half: Tensor
+
+    def minimum(self, a: Tensor) -> Tensor:
+        """Of a.v over the image. The vertex is taken as given: nothing as wide as the input is differentiated."""
+        with torch.no_grad():
+            vertex = self.centre - (a @ self.half).sign_() @ self.half.T
+        return (a * vertex).sum(-1)
+
+
+#: Numbers of a linear image: 32 MiB.
+IMAGE = 2**23
+
+
+def _image(graph: Graph, box: Box) -> tuple[Graph, _Image] | None:
+    """The network behind the linear maps that it begins with, and what these make of the box; None where they are too
+    large, or none.
+    """
+    steps = operations(graph)
+    count = 0
+    while (
+        count < len(steps)
+        and type(steps[count]) in MAPS
+        and (steps[count].source == (steps[count - 1].target if count else graph.input))
+    ):
+        count += 1
+    if not count or count == len(steps):
+        return None
+    at, shape = steps[count - 1].target, steps[count - 1].shape
+    behind = {source for operation in steps[count:] for source in operation.sources}
+    size = math.prod(shape)
+    if behind & {graph.input, *(operation.target for operation in steps[: count - 1])}:
+        return None
+    if size * box.centre.numel() > IMAGE:
+        return None
+    eye = torch.eye(size, dtype=EXACT)[None].unflatten(2, shape)
+    row = backward.walk(graph, eye, at, {})
+    lower, upper = (side.flatten() for side in box.box())
+    centre, radius = lower / 2 + upper / 2, upper / 2 - lower / 2
+    a, free = row.a[0].flatten(1), radius > 0
+    image = _Image((a @ centre + row.d[0]).to(FAST), (a * radius)[:, free].to(FAST))
+    return Graph(steps[count:], at, graph.output, shape, graph.output_shape), image
 
 
 def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -369,7 +421,7 @@ def _row_bounds(
         zero = torch.zeros(*coefficients.shape[:2], problem.ends[place], dtype=dtype)
         added = problem.added(zero.index_add(2, split, coefficients))
     row = backward.walk(
-        problem.graph, unit.unflatten(2, relu.shape), relu.source,
+        problem.graphs[dtype], unit.unflatten(2, relu.shape), relu.source,
         optimised.with_slopes(lines, problem.shaped(alpha)), added=added,
     )  # fmt: skip
     return row.d + problem.region[dtype].minimum(row.a.flatten(2))
@@ -389,7 +441,7 @@ def _bounds(
     """
     rows, constant = problem.rows(conjunction, weights)
     row = backward.walk(
-        problem.graph, rows.unflatten(2, problem.graph.output_shape), problem.graph.output,
+        problem.graphs[alpha.dtype], rows.unflatten(2, problem.graph.output_shape), problem.graph.output,
         optimised.with_slopes(lines, problem.shaped(alpha)),
         added=problem.added(-beta * state[:, None].to(beta.dtype)), caught=caught,
     )  # fmt: skip
@@ -432,7 +484,7 @@ def _settle(problem: _Problem, nodes: Sequence[_Node], steps: int, answer: Answe
     # sum_k w_k (c_k.f - b_k) is at most sum_k w_k times the largest of these, and the weights are rounded.
     value = torch.where(value < 0, value / weights.sum(2).clamp(max=1) * (1 + 1e-12), value * (1 - 1e-12))
     value = torch.where(torch.isfinite(value), value, -torch.inf)
-    lower, upper = (side.flatten() for side in problem.region[EXACT].box())
+    lower, upper = (side.flatten() for side in problem.box.box())
     points = []
     for number, (node, at) in enumerate(zip(nodes, found, strict=True)):
         mine = node.open[at] == conjunction
@@ -650,7 +702,7 @@ class _Search:
         point, the one that it is to meet.
         """
         problem = self.problem
-        lower, upper = (side.flatten() for side in problem.region[FAST].box())
+        lower, upper = (side.flatten().to(FAST) for side in problem.box.box())
         of = problem.places[conjunction]
         c, b = problem.query.rows.to(FAST)[of], problem.query.bound.to(FAST)[of]
 
