@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from netassay.networks.evaluate import forward  # noqa: E402
 from netassay.networks.graph import Activation, Conv, Dense, Graph, Operation, Relu, Reshape, Scale  # noqa: E402
-from netassay.numerics.bounds import backward, interval, jacobian, stack  # noqa: E402
+from netassay.numerics.bounds import backward, interval, jacobian, stages  # noqa: E402
 from netassay.numerics.bounds.interval import Interval  # noqa: E402
 from netassay.numerics.bounds.regions import Ball, Box  # noqa: E402
 
@@ -122,12 +122,12 @@ def test_no_gradient_of_a_convolutional_network_leaves_its_bounds(seed: int, mon
     rows = torch.tensor(generator.normal(size=(2, 3)))
     dense = jacobian.bounds(graph, region, rows)
     check(graph, region, rows, dense, generator)
-    assert stack.of(graph, F64).dense
+    assert stages.of(graph, F64).dense
     # As maps, never as matrices: what networks too large for matrices take.
-    monkeypatch.setattr(stack, "LARGEST", 0)
+    monkeypatch.setattr(stages, "LARGEST", 0)
     again = Graph(graph.operations, graph.input, graph.output, graph.input_shape, graph.output_shape)
     maps = jacobian.bounds(again, region, rows)
-    assert not stack.of(again, F64).dense
+    assert not stages.of(again, F64).dense
     check(graph, region, rows, maps, generator)
     for one, other in ((dense.norm, maps.norm), (dense.norm_interval, maps.norm_interval),
                        (dense.linear.lower, maps.linear.lower), (dense.linear.upper, maps.linear.upper),
@@ -143,7 +143,7 @@ def test_pre_activations_are_those_of_crown() -> None:
     generator = np.random.default_rng(0)
     graph = random_mlp(generator, [6, 20, 15, 18, 4])
     region = region_of(graph, generator, 70, 0.2)
-    found, _ = stack.preactivations(graph, region)
+    found, _ = stages.preactivations(graph, region)
     expected = backward.lower(graph, region, torch.eye(4, dtype=F64)).values
     for name, box in found.items():
         torch.testing.assert_close(box.lower, expected[name].lower, rtol=1e-11, atol=1e-11)

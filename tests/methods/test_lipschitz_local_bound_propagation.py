@@ -20,7 +20,7 @@ from netassay.methods.lipschitz import local_bound_propagation as local  # noqa:
 from netassay.networks import onnx_file, recipes  # noqa: E402
 from netassay.networks.evaluate import forward  # noqa: E402
 from netassay.networks.graph import Conv, Dense, Graph, Operation, Relu, Reshape, Sum  # noqa: E402
-from netassay.numerics.bounds import jacobian, stack  # noqa: E402
+from netassay.numerics.bounds import jacobian, stages  # noqa: E402
 from netassay.numerics.bounds.regions import Ball  # noqa: E402
 from netassay.numerics.branch_and_bound import jacobians  # noqa: E402
 from netassay.store import artifacts  # noqa: E402
@@ -278,7 +278,7 @@ def test_half_spaces_bound_no_less_than_their_points_reach() -> None:
     below, above = found.extremes(d, m)
     assert (d[0, 0] + y @ m[0, :, 0] >= below[0]).all()
     assert (d[0, 1] + y @ m[0, :, 1] <= above[0]).all()
-    plain = stack.over_the_box(d, m)
+    plain = stages.over_the_box(d, m)
     assert (below >= plain[0]).all()
     assert (above <= plain[1]).all()
     assert (above < plain[1] - 1e-3).any()
@@ -391,7 +391,7 @@ def test_delicate_jobs_are_computed_alone(trained: str, monkeypatch: pytest.Monk
         return bounds(graph, region, rows)
 
     monkeypatch.setattr(local.jacobian, "bounds", counted)
-    monkeypatch.setattr(stack, "_near", lambda low, *_: torch.ones(len(low), dtype=torch.bool))
+    monkeypatch.setattr(stages, "_near", lambda low, *_: torch.ones(len(low), dtype=torch.bool))
     after = local.run_many(asked)
     assert sizes == [6, *[1] * 6]
     for one, other in zip(before, after, strict=True):

@@ -48,7 +48,7 @@ from netassay.figure import Axis, Bars, Figure, Line, Panel
 from netassay.heavy import np, torch
 from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable, NumericalError
 from netassay.networks.graph import Graph
-from netassay.numerics.bounds import jacobian, stack
+from netassay.numerics.bounds import jacobian, stages
 from netassay.numerics.bounds.regions import Ball
 from netassay.numerics.branch_and_bound import jacobians
 
@@ -293,10 +293,10 @@ def _result(
         of = {"samples": samples, "moves": moves, "seed": _seed(params), "points": points}
         return jacobian.steepest(graph, region, rows, pads, found.rounding[place], **of).norm  # type: ignore[arg-type]
 
-    chain = stack.of(graph, torch.float64)
+    chain = stages.of(graph, torch.float64)
     pads = {
         operation.source: pad.reshape(graph.shape_of(operation.source))
-        for operation, pad in zip(chain.activations, stack.boxes(graph, region).pads, strict=True)
+        for operation, pad in zip(chain.activations, stages.boxes(graph, region).pads, strict=True)
     }
     sampled = steepest(params.samples, params.moves)
     answer = None

@@ -1,6 +1,6 @@
 """Bounds on the Jacobian of a network over a region, and so on how far its outputs can move: local Lipschitz constants.
 
-For a chain z_i = W_i a_(i-1) + b_i, a_i = sigma_i(z_i) (see `stack`) and a row c of outputs, the gradient is a network
+For a chain z_i = W_i a_(i-1) + b_i, a_i = sigma_i(z_i) (see `stages`) and a row c of outputs, the gradient is a network
 of its own, run backward from a constant:
 
     A_m = c^T W_(m+1),   B_i = A_i * D_i,   A_(i-1) = B_i W_i,   J = A_0,   D_i = sigma_i'(z_i) in [D_i-, D_i+]
@@ -50,10 +50,10 @@ from typing import TYPE_CHECKING
 from netassay.heavy import torch
 from netassay.networks import evaluate
 from netassay.networks.graph import Graph, Operation, Relu
-from netassay.numerics.bounds import rounding, stack
+from netassay.numerics.bounds import rounding, stages
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.regions import Region
-from netassay.numerics.bounds.stack import Selection, Sides, Stack, Stage, absolute_sum, advance, dot, gathered
+from netassay.numerics.bounds.stages import Selection, Sides, Stack, Stage, absolute_sum, advance, dot, gathered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,12 +115,12 @@ def bounds(
     Raises NotImplementedError where the graph is no chain of linear maps and activations.
     """
     dtype = region.centre.dtype
-    chain = stack.of(graph, dtype)
+    chain = stages.of(graph, dtype)
     count = len(region)
     delicate = torch.zeros(count, dtype=torch.bool)
     with torch.no_grad():
         if values is None:
-            values, delicate = stack.preactivations(graph, region)
+            values, delicate = stages.preactivations(graph, region)
         ranges = [derivative(operation, values[operation.source]) for operation in chain.activations]
         slope = [tuple(end.flatten(1).to(dtype) for end in one) for one in ranges]
         each = rows.shape[-2]
@@ -150,19 +150,19 @@ def product_of_norms(graph: Graph, rows: Tensor) -> Tensor:
 
     A Lipschitz constant over all inputs, of ReLU networks, rounded upward. |W|_inf: the largest l1 norm of a row.
     """
-    chain = stack.of(graph, rows.dtype)
+    chain = stages.of(graph, rows.dtype)
     if not all(isinstance(operation, Relu) for operation in chain.activations):
         raise NotImplementedError("norms are multiplied for ReLU networks only")
     with torch.no_grad():
-        stages = chain.stages
-        found = (stages[-1].adjoint(rows).abs() + _error(stages[-1]) * stages[-1].adjoint(rows.abs(), True)).sum(1)
-        for stage in stages[:-1]:
+        links = chain.stages
+        found = (links[-1].adjoint(rows).abs() + _error(links[-1]) * links[-1].adjoint(rows.abs(), True)).sum(1)
+        for stage in links[:-1]:
             ones = torch.ones(1, stage.inputs, dtype=rows.dtype)
             sums = stage.rows(ones, absolute=True)[0]
             if stage.matrix is not None:
                 sums = torch.minimum(sums, stage.matrix.abs().sum(1) + _error(stage) * sums)
             found = found * sums.amax()
-        terms = sum(stage.terms + stage.inputs + 8 for stage in stages)
+        terms = sum(stage.terms + stage.inputs + 8 for stage in links)
         return found * (1 + 2 * rounding.gamma(terms, rows.dtype))
 
 
@@ -177,7 +177,7 @@ def at(graph: Graph, points: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Te
     points: (points, *input); rows: (rows, outputs). At a kink of an activation it is what autograd says, which need not
     be in the Clarke Jacobian of the network: look at what the activations read.
     """
-    chain = stack.of(graph, points.dtype)
+    chain = stages.of(graph, points.dtype)
     with torch.no_grad():
         read, derivatives, x = {}, [], points
         for stage, operation in zip(chain.stages, chain.activations, strict=False):

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from netassay.heavy import LazyModule, np, torch
 from netassay.networks.graph import Graph, Relu
-from netassay.numerics.bounds import jacobian, rounding, stack
+from netassay.numerics.bounds import jacobian, rounding, stages
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.regions import Box, Region
 
@@ -105,13 +105,13 @@ class _Part:
 def search(
     graph: Graph, region: Region, rows: Tensor, *, budget: int, least: float = 0.0, batch: int = BATCH
 ) -> Answer | None:
-    """The largest |J|_1 over one box; None where the network is not of dense layers with ReLU (see `stack`).
+    """The largest |J|_1 over one box; None where the network is not of dense layers with ReLU (see `stages`).
 
     region: of one set, float64. rows: (rows, outputs). budget: parts to bound, the box itself included for each row.
     least: a value that is known to be reached; parts that cannot exceed it are left alone.
     The same arguments give the same answer, whatever else is computed.
     """
-    chain = stack.of(graph, torch.float64)
+    chain = stages.of(graph, torch.float64)
     if not chain.dense or not all(isinstance(operation, Relu) for operation in chain.activations):
         return None
     with torch.no_grad():
@@ -120,10 +120,10 @@ def search(
 
 class _Search:
     def __init__(
-        self, chain: stack.Stack, graph: Graph, region: Region, rows: Tensor, budget: int, least: float, batch: int
+        self, chain: stages.Stack, graph: Graph, region: Region, rows: Tensor, budget: int, least: float, batch: int
     ) -> None:
         self.chain, self.rows, self.budget, self.least, self.batch = chain, rows, budget, least, batch
-        start = stack.boxes(graph, region)
+        start = stages.boxes(graph, region)
         ends, self.pads = start.ends, start.pads
         lower, upper = (end.flatten() for end in region.box())
         self.lower, self.upper = lower, upper
@@ -178,8 +178,8 @@ class _Search:
             (torch.stack([part.ends[layer][0] for part in parts]), torch.stack([part.ends[layer][1] for part in parts]))
             for layer in range(len(pads))
         ]
-        extremes = spaces.extremes if spaces.g.shape[1] else stack.over_the_box
-        forward = stack.Forward(self.chain, spaces.box, ends, pads, extremes)
+        extremes = spaces.extremes if spaces.g.shape[1] else stages.over_the_box
+        forward = stages.Forward(self.chain, spaces.box, ends, pads, extremes)
         empty = spaces.empty
         for low, high in forward.found:
             empty = empty | (low > high).any(1)
@@ -211,7 +211,7 @@ class _Search:
         for layer, chosen in split.items():
             self._split(bounded, forward, layer, chosen)
 
-    def _split(self, parts: list[_Part], forward: stack.Forward, layer: int, chosen: list[tuple[int, int]]) -> None:
+    def _split(self, parts: list[_Part], forward: stages.Forward, layer: int, chosen: list[tuple[int, int]]) -> None:
         """Put halves of the chosen (part, neuron of this layer) among the open ones."""
         rows = torch.zeros(len(parts), 1, dtype=torch.int64)
         for place, neuron in chosen:
@@ -282,7 +282,7 @@ class _Spaces:
         low, high = lowers.amax(1), uppers.amin(1)
         empty = empty | (low > high).any(1)
         low, high = (torch.where(empty[:, None], old, new) for old, new in ((lower, low), (upper, high)))
-        # As `stack.Forward` has them.
+        # As `stages.Forward` has them.
         centre, radius = (low + high) / 2, (high - low) / 2
         within = h + (g @ centre[:, :, None])[..., 0] + _OUTWARD * terms
         found = cls(Box(low, high), g * radius[:, None], within, empty)
@@ -293,8 +293,8 @@ class _Spaces:
         return found
 
     def extremes(self, d: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of d + m y over the points of [-1, 1]^n in the half-spaces; see `stack.Extremes`."""
-        below, above = stack.over_the_box(d, m.clone())
+        """Bounds of d + m y over the points of [-1, 1]^n in the half-spaces; see `stages.Extremes`."""
+        below, above = stages.over_the_box(d, m.clone())
         m = m.expand(-1, -1, 2, -1)
         # Both as maxima: rows (parts, 2, rows, inputs).
         a = torch.stack([-m[:, :, 0], m[:, :, 1]], 1).transpose(2, 3)
@@ -331,7 +331,7 @@ class _System:
     Splits behind a neuron whose phase is open are left out. point: an inner point, once `empty` has found one.
     """
 
-    def __init__(self, chain: stack.Stack, part: _Part, lower: Tensor, upper: Tensor) -> None:
+    def __init__(self, chain: stages.Stack, part: _Part, lower: Tensor, upper: Tensor) -> None:
         self.part, self.lower, self.upper = part, lower.numpy(), upper.numpy()
         self.layers = [(_matrix(stage), stage.bias.numpy()) for stage in chain.stages[:-1]]
         self.point: Tensor | None = None
@@ -412,7 +412,7 @@ class _System:
         return most <= 0
 
 
-def _matrix(stage: stack.Stage) -> numpy.ndarray:
+def _matrix(stage: stages.Stage) -> numpy.ndarray:
     assert stage.matrix is not None
     return stage.matrix.numpy()
 
