@@ -80,7 +80,7 @@ GAP = 0.5
 _JUDGED = 4
 
 
-class _Pool:
+class Pool:
     """Open parts, as rows of tensors that grow, by name.
 
     bound: lower bounds. conjunction. code, side, beta: (parts, splits), the neuron, +1 or -1 (0: no split), its
@@ -311,7 +311,7 @@ class _Below:
 
     def __init__(self, node: _Node, judge: Callable[[Tensor, int], bool], answer: Answer) -> None:
         self.node, self.problem, self.judge, self.answer = node, node.problem, judge, answer
-        self.pool, self.stuck = _Pool(), 0
+        self.pool, self.stuck = Pool(), 0
         #: Where the node itself was split, if it was; and whether a point was accepted.
         self.split: int | None = None
         self.found = False
