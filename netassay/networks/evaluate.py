@@ -103,7 +103,7 @@ def pick(operation: Pick, x: Tensor) -> Tensor:
 def unpick(operation: Pick, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The adjoint of `pick`: what each number of the source collects of a, (n, *operation.shape): (n, *shape)."""
     indices = _indices(operation, a.device)
-    a = a.reshape(len(a), -1)
+    a = a.reshape(len(a), math.prod(operation.shape))
     if bool((indices < 0).any()):
         a = torch.where(indices >= 0, a, 0.0)
     found = a.new_zeros(len(a), math.prod(shape)).index_add_(1, indices.clamp(min=0), a)
