@@ -56,7 +56,7 @@ def labels_of(graph: Graph, region: Ball) -> torch.Tensor:
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 1000),
-    norm=st.sampled_from(["inf", "2"]),
+    norm=st.sampled_from(["inf", "2", "1"]),
     clip=st.booleans(),
     radius=st.sampled_from([1e-3, 0.1, 3.0]),
 )
@@ -68,14 +68,14 @@ def test_every_point_is_a_float32_inside_its_ball(seed: int, norm: str, clip: bo
     assert attack.inside.all()
     assert (attack.points == attack.points.float().double()).all()
     away = (attack.points - region.centre).numpy().astype(np.longdouble)
-    length = np.abs(away).max(1) if norm == "inf" else np.sqrt((away**2).sum(1))
+    length = {"inf": np.abs(away).max(1), "2": np.sqrt((away**2).sum(1)), "1": np.abs(away).sum(1)}[norm]
     assert (length <= region.radius.numpy()).all()
     if clip:
         assert ((attack.points >= 0) & (attack.points <= 1)).all()
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv"])
-@pytest.mark.parametrize("norm", ["inf", "2"])
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
 def test_an_item_is_attacked_alike_alone_and_in_any_batch(kind: str, norm: str) -> None:
     generator = np.random.default_rng(0)
     graph = convolution(generator) if kind == "conv" else network(generator, (37,))
@@ -119,7 +119,7 @@ def test_a_linear_margin_is_attacked_to_its_exact_minimum() -> None:
     x = torch.tensor(generator.normal(size=(1, 9)))
     row = weight[0] - weight[1]
     margin = float(x[0].numpy() @ row) + 50
-    for norm, reach in (("inf", np.abs(row).sum()), ("2", np.sqrt((row**2).sum()))):
+    for norm, reach in (("inf", np.abs(row).sum()), ("2", np.sqrt((row**2).sum())), ("1", np.abs(row).max())):
         region = Ball(norm, x, torch.tensor([0.5], dtype=F64))  # type: ignore[arg-type]
         attack = attacks.pgd(graph, region, torch.tensor([0]), steps=20, restarts=1, seeds=[0])
         assert float(attack.margins) == pytest.approx(margin - 0.5 * reach, rel=1e-4)
@@ -190,12 +190,26 @@ def test_many_starts_of_a_large_batch_are_drawn_block_by_block(monkeypatch: pyte
     sizes: list[int] = []
     descend = attacks._descend
 
-    def counting(surrogate: object, part: Ball, box: object, wanted: object, x: torch.Tensor, steps: int) -> object:
+    def counting(surrogate: object, part: Ball, box: object, wanted: object, x: torch.Tensor, *more: int) -> object:
         sizes.append(x.shape[0] * x.shape[1])
-        return descend(surrogate, part, box, wanted, x, steps)  # type: ignore[arg-type]
+        return descend(surrogate, part, box, wanted, x, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(attacks, "_descend", counting)
     monkeypatch.setattr(attacks, "_ROWS", 100)
     parts = attacks.pgd(graph, region, labels, steps=3, restarts=50, seeds=range(9))
     assert torch.equal(parts.points, whole.points)
     assert max(sizes) <= 100
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), inputs=st.integers(1, 40), radius=st.floats(0, 3))
+def test_shrinking_finds_the_nearest_point_of_an_l1_ball(seed: int, inputs: int, radius: float) -> None:
+    """Nearest: it lies in the ball, and no point of the ball lies further on the way from it to the point outside."""
+    away = torch.tensor(np.random.default_rng(seed).normal(size=(5, inputs)))
+    found = attacks._shrunk(away, torch.full((5,), radius, dtype=F64))
+    assert (found.abs().sum(1) <= radius + 1e-9).all()
+    inside = away.abs().sum(1) <= radius
+    np.testing.assert_allclose(found[inside], away[inside], atol=1e-9)
+    # max over the ball of (away - found).p is radius times the largest |entry|; at the nearest point it is reached.
+    left = away - found
+    np.testing.assert_allclose((left * found).sum(1)[~inside], radius * left.abs().amax(1)[~inside], atol=1e-8)

@@ -105,6 +105,9 @@ def points_of(region: Ball, generator: np.random.Generator, count: int) -> torch
         step = torch.tensor(generator.normal(size=(count, *region.centre.shape)))
         step = step / torch.linalg.vector_norm(step.flatten(2), dim=2).reshape(*step.shape[:2], *[1] * (step.dim() - 2))
         step = step * (1 - 1e-12)
+    if region.norm == "1":
+        length = step.abs().flatten(2).sum(2).reshape(*step.shape[:2], *[1] * (step.dim() - 2))
+        step = step / length * (1 - 1e-12)
     return (region.centre + region.spread() * step).clamp(region.low, region.high)
 
 
@@ -119,7 +122,7 @@ def worst_points(graph: Graph, region: Ball, rows: torch.Tensor) -> torch.Tensor
 @given(
     seed=st.integers(0, 10_000),
     kind=st.sampled_from(["mlp", "constant neurons", "cnn"]),
-    norm=st.sampled_from(["inf", "2"]),
+    norm=st.sampled_from(["inf", "2", "1"]),
     clip=st.booleans(),
     radius=st.sampled_from([1e-4, 0.05, 0.5]),
 )
@@ -186,7 +189,7 @@ def test_one_linear_layer_is_exact_and_equals_the_dual_norm(name: str, norm: str
     weight, bias = generator.normal(size=(5, 7)), generator.normal(size=5)
     graph, x, radius = mlp([weight], [bias]), generator.normal(size=(3, 7)), np.array([0.0, 0.1, 2.0])
     lower, upper = METHODS[name](graph, Ball(norm, torch.tensor(x), torch.tensor(radius)))  # type: ignore[arg-type]
-    dual = np.abs(weight).sum(1) if norm == "inf" else np.sqrt((weight**2).sum(1))
+    dual = {"inf": np.abs(weight).sum(1), "2": np.sqrt((weight**2).sum(1)), "1": np.abs(weight).max(1)}[norm]
     np.testing.assert_allclose(lower, x @ weight.T + bias - radius[:, None] * dual, rtol=0, atol=1e-12)
     np.testing.assert_allclose(upper, x @ weight.T + bias + radius[:, None] * dual, rtol=0, atol=1e-12)
 

@@ -72,13 +72,15 @@ def pgd(
     restarts: int,
     seeds: Sequence[int],
     starts: Tensor | None = None,
+    stop: bool = True,
 ) -> Attack:
     """The point of smallest margin met on the way, per ball of the region (float64).
 
     labels: (batch,), int64. steps: gradient steps of each start, their length falling linearly from the radius to 0.
     restarts: the first starts at the centre, the others at random points of the ball drawn from the item's own seed.
     starts: (batch, more, *input), further points to start from, e.g. the worst corners of a linear bound; they are
-    projected first. An item stops at its first start with a margin clearly below 0.
+    projected first. An item stops at its first start with a margin clearly below 0; where not `stop`, it takes all
+    steps.
     """
     with torch.no_grad():
         surrogate = _Surrogate.of(graph)
@@ -96,7 +98,7 @@ def pgd(
             if starts is not None:
                 points.append(starts[which])
             box, x = (lower[which], upper[which]), torch.cat(points, dim=1)
-            parts.append(_descend(surrogate, region[which], box, _ClassMargin(labels[which]), x, steps))
+            parts.append(_descend(surrogate, region[which], box, _ClassMargin(labels[which]), x, steps, stop))
         found, margins = (torch.cat(column) for column in zip(*parts, strict=True))
         rounded = torch.minimum(torch.maximum(found.float().double(), lower), upper)
         return Attack(rounded, margins, contains(region, rounded))
@@ -278,7 +280,13 @@ class _ClassMargin:
 
 
 def _descend(
-    surrogate: _Surrogate, region: Region, box: tuple[Tensor, Tensor], objective: Objective, x: Tensor, steps: int
+    surrogate: _Surrogate,
+    region: Region,
+    box: tuple[Tensor, Tensor],
+    objective: Objective,
+    x: Tensor,
+    steps: int,
+    stop: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """x: (batch, starts, *input). Returns the best points (batch, *input) and their margins (batch,)."""
     batch, starts = x.shape[:2]
@@ -294,7 +302,7 @@ def _descend(
         least[items[better]] = lowest[better]
         best[items[better]] = x[torch.arange(len(items)), which][better]
         # Within the surrogate's own error a margin proves nothing yet.
-        running = (margin >= -_DOUBT * size).all(1)
+        running = (margin >= -_DOUBT * size).all(1) if stop else torch.ones(len(items), dtype=torch.bool)
         if step == steps or not bool(running.any()):
             break
         items, x, gradient = items[running], x[running], gradient[running]

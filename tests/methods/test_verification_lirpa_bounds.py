@@ -291,3 +291,85 @@ def test_a_network_for_other_data_is_refused_and_one_output_is_no_question(train
         lirpa_bounds.run(lirpa_bounds.Params(network=trained, dataset="iris", index=0, radius=0.1))
     with pytest.raises(NotApplicable, match="one output"):
         lirpa_bounds.run(lirpa_bounds.Params(network=linear([np.ones((1, 64))]), index=0, radius=0.1))
+
+
+def replaced(network: Graph, generator: np.random.Generator, radius: float, count: int) -> list[dict]:
+    """Weights of all dense layers drawn within `radius`, half of them at its ends."""
+    drawn = []
+    for place in range(count):
+        one = {}
+        for layer in network.operations:
+            if isinstance(layer, Dense):
+                step = generator.uniform(-1, 1, layer.weight.shape)
+                step = np.sign(step) if place % 2 else step
+                one[layer] = (torch.tensor(layer.weight + radius * step), torch.tensor(layer.bias))
+        drawn.append(one)
+    return drawn
+
+
+def small(seed: int) -> Graph:
+    generator = np.random.default_rng(seed)
+    return Graph(
+        (
+            Reshape("flatten", "x", "f", (64,)),
+            Dense("one", "f", "p", (7,), singles(generator, 7, 64) / 8, singles(generator, 7) / 4),
+            Relu("relu", "p", "a", (7,)),
+            Dense("two", "a", "q", (6,), singles(generator, 6, 7) / 2, singles(generator, 6) / 4),
+            Relu("relu2", "q", "b", (6,)),
+            Dense("three", "b", "y", (10,), singles(generator, 10, 6), singles(generator, 10) / 4),
+        ),
+        "x", "y", (1, 8, 8), (10,),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("radius", [0.002, 0.05])
+def test_no_weights_drawn_leave_the_bounds_of_perturbed_weights(radius: float) -> None:
+    graph, count = small(0), 3
+    network, x = kept(graph), images(count)
+    values = torch.stack([forward(graph, x, one) for one in replaced(graph, np.random.default_rng(1), radius, 500)])
+    margins = {}
+    for way in WAYS:
+        results = bounds(network, count, radius, perturbation="weights", method=way, refined=False, restarts=20)
+        assert (values.numpy() >= column(results, "lower") - 1e-12).all(), way
+        assert (values.numpy() <= column(results, "upper") + 1e-12).all(), way
+        assert (column(results, "gap") >= 0).all()
+        assert (column(results, "margin_attack") < column(results, "margin_clean")).all()
+        assert results[0].layers == ["p", "q", "y"]
+        margins[way] = column(results, "margin")
+    assert (margins["alpha_crown"] >= margins["crown"]).all()
+    # Between McCormick's planes no order is proved: at radius 0.05 boxes win on one of the three.
+    assert margins["crown"].sum() > margins["ibp"].sum()
+
+
+def test_the_first_layer_at_a_fixed_input_is_affine_in_its_weights_and_exact() -> None:
+    """W x over |W - W0| <= r: every margin falls by r times twice the sum of |x|, once for each of the two rows."""
+    generator = np.random.default_rng(3)
+    weight, radius = singles(generator, 10, 64) / 8, 0.01
+    for way in WAYS:
+        for result, x in zip(
+            bounds(linear([weight]), 3, radius, perturbation="weights", method=way, attack_steps=3), images(3).numpy(),
+            strict=True,
+        ):  # fmt: skip
+            outputs = weight @ x.ravel()
+            expected = outputs[result.label] - outputs - 2 * radius * np.abs(x).sum()
+            expected[result.label] = 0
+            np.testing.assert_allclose(result.margins, expected, rtol=0, atol=1e-10)
+            assert result.gap == pytest.approx(0, abs=1e-5)  # the attack's weights are float32 numbers
+
+
+def test_weights_of_the_last_layer_alone_move_margins_by_the_size_of_what_they_meet() -> None:
+    graph = small(4)
+    (result,) = bounds(kept(graph), 1, 0.01, perturbation="weights", layers=(2,))
+    last = graph.operations[-1]
+    assert isinstance(last, Dense)
+    hidden = forward(Graph(graph.operations[:-1], "x", "b", (1, 8, 8), (6,)), images(1))[0].numpy()
+    outputs = last.weight @ hidden + last.bias
+    expected = outputs[result.label] - outputs - 2 * 0.01 * hidden.sum()
+    expected[result.label] = 0
+    np.testing.assert_allclose(result.margins, expected, rtol=0, atol=1e-10)
+
+
+def test_layers_that_do_not_exist_are_refused(trained: str) -> None:
+    params = lirpa_bounds.Params(network=trained, index=0, radius=0.1, perturbation="weights", layers=(3,))
+    with pytest.raises(InvalidInput, match="3 dense layers"):
+        lirpa_bounds.run(params)

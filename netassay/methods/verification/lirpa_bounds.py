@@ -14,12 +14,13 @@ McCormick's planes, which are exact for the first layer, whose input is known. T
 * crown_ibp: linear bounds walked backward from the output, ReLUs relaxed over the boxes of ibp;
 * crown: the same, the inputs of every ReLU bounded backward too (Zhang et al. 2018);
 * alpha_crown: crown with lower slopes of ReLUs that climb by `steps` steps of Adam of rate `rate`, a slope for each
-  neuron and each bound; `refined`, as usual, does so for the inputs of ReLUs too. The best iterate of each bound is kept, that of
-  crown included, so it is never looser. It is this method that auto_LiRPA calls CROWN-Optimized.
+  neuron and each bound; `refined`, as usual, does so for the inputs of ReLUs too. The best iterate of each bound is
+  kept, that of crown included, so it is never looser.
 
 `slopes` is where the lower line of an unstable ReLU begins: "adaptive" (1 where u > -l, else 0) or "zero". With "zero",
-crown is never looser than crown_ibp, nor crown_ibp than ibp; adaptive slopes are tighter on the whole, but may lose on
-an instance. Margins, losses, linear bounds and the bounds of logits are the method's own, not cut with others.
+crown is never looser than crown_ibp, nor crown_ibp than ibp, in a graph of linear maps and ReLUs; adaptive slopes are
+tighter on the whole, but may lose on an instance. Margins, losses, linear bounds and the bounds of logits are the
+method's own, not cut with others.
 
 Fused and unfused loss: two upper bounds of the largest cross-entropy over B (`netassay.numerics.bounds.fusion`); the
 attack's is a lower one. The attack is projected gradient descent on the margin (Madry et al. 2018), on weights where
@@ -56,17 +57,20 @@ from pydantic import Field, model_validator
 
 from netassay import data, networks
 from netassay.fields import Array, Count, DatasetRef, Index, NetworkRef, Positive, Radius, Seed
+from netassay.figure import Axis, Figure, Line, Panel
 from netassay.heavy import np, torch
 from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable, NumericalError
 from netassay.networks.evaluate import forward as evaluated
 from netassay.networks.graph import Activation, Graph, Product, Relu
 from netassay.numerics import attacks
-from netassay.numerics.bounds import backward, forward, fusion, interval, optimised, rounding
+from netassay.numerics.bounds import backward, forward, fusion, interval, optimised, rounding, weights
 from netassay.numerics.bounds.backward import Lower
 from netassay.numerics.bounds.regions import Ball, Region
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from netassay.job import Record
 
 
 VERSION = 1
@@ -284,29 +288,69 @@ def _read(graph: Graph, params: Params) -> _Item | MethodError:
     return _Item(params, x.reshape(graph.input_shape), label)
 
 
-def _region(graph: Graph, items: Sequence[_Item]) -> Region:
-    first = items[0].params
-    radius = torch.tensor([item.params.radius for item in items], dtype=torch.float64)
-    low, high = (0.0, 1.0) if first.clip else (-np.inf, np.inf)
-    return Ball(first.norm, torch.stack([item.x for item in items]), radius, low, high)
+@dataclass(frozen=True)
+class _Problem:
+    """network: as read. graph: what is bounded, its input x or x and weights."""
+
+    network: Graph
+    graph: Graph
+    perturbed: weights.Perturbed | None = None
+
+    @classmethod
+    def of(cls, network: Graph, params: Params) -> _Problem:
+        if params.perturbation == "input":
+            return cls(network, network)
+        known = weights.dense_layers(network)
+        if not known:
+            raise NotApplicable("the network has no dense layer whose weights could be perturbed")
+        chosen = range(len(known)) if params.layers is None else params.layers
+        if max(chosen, default=0) >= len(known) or not chosen:
+            raise InvalidInput(
+                f"layers {list(chosen)} are not layers of the network",
+                f"it has {len(known)} dense layers, counted from 0",
+            )
+        made = weights.perturbed(network, [known[layer] for layer in chosen])
+        inputs, widest = made.graph.input_shape[0], max(int(np.prod(o.shape)) for o in made.graph.operations)
+        # A forward pass carries a coefficient of each input for each number of the largest value, several times.
+        if inputs > _INPUTS or (params.method == "forward" and inputs * widest > forward.COEFFICIENTS):
+            raise NotApplicable(
+                f"{inputs:,} pixels and weights are too many inputs for {params.method} bounds of this network",
+                f"a product of each weight with what it meets is a value of up to {widest:,} numbers",
+                "fewer `layers`" if params.method != "forward" else "fewer `layers`, or method: crown",
+            )
+        return cls(network, made.graph, made)
+
+    def region(self, items: Sequence[_Item]) -> Region:
+        params = items[0].params
+        radius = torch.tensor([item.params.radius for item in items], dtype=torch.float64)
+        x = torch.stack([item.x for item in items])
+        if self.perturbed is not None:
+            return self.perturbed.region(x, radius)
+        low, high = (0.0, 1.0) if params.clip else (-np.inf, np.inf)
+        return Ball(params.norm, x, radius, low, high)
+
+
+#: Pixels and weights of a network under perturbed weights: the rows of 10 classes take 64 MiB a box.
+_INPUTS = 250_000
 
 
 def _labels(items: Sequence[_Item]) -> Tensor:
     return torch.tensor([item.label for item in items])
 
 
-def _answers(graph: Graph, items: list[_Item]) -> list[Result | MethodError]:
+def _answers(network: Graph, items: list[_Item]) -> list[Result | MethodError]:
     """Jobs that have all of `_SHARED` in common."""
+    problem = _Problem.of(network, items[0].params)
     try:
-        found = _bounded(graph, items)
+        found = _bounded(problem, items)
     except rounding.TooManyTerms as error:
         raise NotApplicable("a layer of the network is too wide for bounds in this arithmetic", str(error)) from None
-    attacked = _attacked(graph, items)
+    attacked = _attacked(problem, items)
     answers: list[Result | MethodError] = []
     for item, bound, attack in zip(items, found, attacked, strict=True):
         # So near to a decision, rounding, and with it the grouping, might matter.
-        alone = _bounded(graph, [item])[0] if bound.near and len(items) > 1 else bound
-        answers.append(_result(graph, item, alone, attack) if alone.finite else _not_finite(item))
+        alone = _bounded(problem, [item])[0] if bound.near and len(items) > 1 else bound
+        answers.append(_result(item, alone, attack) if alone.finite else _not_finite(item))
     return answers
 
 
@@ -333,10 +377,10 @@ class _Bound:
     finite: bool
 
 
-def _bounded(graph: Graph, items: Sequence[_Item]) -> list[_Bound]:
-    params = items[0].params
+def _bounded(problem: _Problem, items: Sequence[_Item]) -> list[_Bound]:
+    params, graph = items[0].params, problem.graph
     dtype = torch.float64 if params.arithmetic == "float64" else torch.float32
-    region = optimised.region_in(_region(graph, items), dtype)
+    region = optimised.region_in(problem.region(items), dtype)
     labels, classes = _labels(items), int(np.prod(graph.output_shape))
     boxes = interval.propagate(graph, region)
     finite = torch.stack(
@@ -351,7 +395,7 @@ def _bounded(graph: Graph, items: Sequence[_Item]) -> list[_Bound]:
     losses = torch.stack([fusion.unfused(margins), one.loss(last[:, 0])], dim=1).tolist()
     widths = {
         name: (found.values[name].upper - found.values[name].lower).flatten(1).mean(1).tolist()
-        for name in _layers(graph)
+        for name in _layers(problem.network)
         if name != graph.output
     } | {graph.output: (upper - lower).mean(1).tolist()}
     near = (margins.amin(1).abs() <= torch.clamp(found.noise, min=TOLERANCE * _NEAR)) | found.delicate
@@ -381,6 +425,10 @@ def _bounded(graph: Graph, items: Sequence[_Item]) -> list[_Bound]:
 _NEAR = 10.0
 
 
+#: Boxes x rows x width of a block's backward pass: 128 MiB in float64, and several times that with slopes.
+_COEFFICIENTS = 1 << 24
+
+
 def _layers(graph: Graph) -> list[str]:
     """What operations that are not linear read, in the order of the graph, and the output."""
     kinds = Relu | Activation | Product
@@ -395,17 +443,19 @@ def _layers(graph: Graph) -> list[str]:
 def _lower(graph: Graph, region: Region, rows: Tensor, params: Params) -> Lower:
     """Lower bounds of `rows`, (batch, rows, outputs), by the method that was asked for."""
     flat = params.slopes == "zero"
+    widest = max([int(np.prod(graph.input_shape)), *(int(np.prod(operation.shape)) for operation in graph.needed)])
+    block = max(1, min(backward.BLOCK, _COEFFICIENTS // (rows.shape[1] * widest)))
     match params.method:
         case "ibp":
             return _by_boxes(graph, region, rows)
         case "forward":
             return forward.lower(graph, region, rows, flat=flat)
         case "crown_ibp":
-            return backward.lower(graph, region, rows, intermediates="interval", flat=flat)
+            return backward.lower(graph, region, rows, intermediates="interval", flat=flat, block=block)
         case "crown":
-            return backward.lower(graph, region, rows, flat=flat)
+            return backward.lower(graph, region, rows, flat=flat, block=block)
         case "alpha_crown":
-            start = backward.lower(graph, region, rows, flat=flat)
+            start = backward.lower(graph, region, rows, flat=flat, block=block)
             best = optimised.lower(
                 graph,
                 region,
@@ -415,6 +465,7 @@ def _lower(graph: Graph, region: Region, rows: Tensor, params: Params) -> Lower:
                 rate=params.rate,
                 search=rows.dtype,
                 flat=flat,
+                block=block,
             )
             # Where hidden bounds are tightened, adaptive slopes change, and not always for the better.
             better = best.lower > start.lower
@@ -445,16 +496,18 @@ class _Attack:
     found: tuple[float, float] | None
 
 
-def _attacked(graph: Graph, items: list[_Item]) -> list[_Attack]:
-    params, region, labels = items[0].params, _region(graph, items), _labels(items)
+def _attacked(problem: _Problem, items: list[_Item]) -> list[_Attack]:
+    params, region, labels = items[0].params, problem.region(items), _labels(items)
     seeds = [_seed(item.params) for item in items]
-    attack = attacks.pgd(graph, region, labels, steps=params.attack_steps, restarts=params.restarts, seeds=seeds)
+    attack = attacks.pgd(
+        problem.graph, region, labels, steps=params.attack_steps, restarts=params.restarts, seeds=seeds, stop=False
+    )
     found = []
     # One by one: which class is the largest must not depend on the group.
     for place, (point, inside) in enumerate(zip(attack.points, attack.inside.tolist(), strict=True)):
         one = slice(place, place + 1)
-        outputs = evaluated(graph, region.centre[one]).flatten(1)
-        at = _at(evaluated(graph, point[None]).flatten(1), labels[one]) if inside else None
+        outputs = evaluated(problem.network, items[place].x[None]).flatten(1)
+        at = _at(evaluated(problem.graph, point[None]).flatten(1), labels[one]) if inside else None
         found.append(_Attack(int(outputs.argmax()), _at(outputs, labels[one]), at))
     return found
 
@@ -472,7 +525,7 @@ def _seed(params: Params) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
-def _result(graph: Graph, item: _Item, bound: _Bound, attack: _Attack) -> Result:
+def _result(item: _Item, bound: _Bound, attack: _Attack) -> Result:
     margin = float(bound.margins.min())
     met = None if attack.found is None else min(attack.found[0], attack.clean[0])
     ends = [attack.clean[1]] + ([] if attack.found is None else [attack.found[1]])
@@ -502,3 +555,111 @@ def _result(graph: Graph, item: _Item, bound: _Bound, attack: _Attack) -> Result
 def _with_label(others: Tensor, label: int) -> Any:
     """Rows of the other classes with zeros in the place of the label's own."""
     return torch.cat([others[:label], torch.zeros_like(others[:1]), others[label:]]).numpy()
+
+
+#: Up to so many networks and balls get two panels each; more share one panel a method.
+_PANELS = 6
+#: From loose to tight.
+_ORDER = ("ibp", "forward", "crown_ibp", "crown", "alpha_crown")
+
+
+def plot(records: list[Record]) -> Figure:
+    """Verified accuracy against radius, a line a method, below the accuracy under attack; and mean width by layer."""
+    done = [record for record in records if record.result is not None]
+    titles = _named(done, ("perturbation", "norm"), ("network", "dataset"))
+    methods = _named(done, ("slopes", "refined", "steps", "arithmetic"), (), "method")
+    series: defaultdict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in sorted(done, key=lambda record: _ORDER.index(record.params["method"])):
+        series[titles[record.id]][methods[record.id]].append(record)
+    x = Axis(label="radius", low=0)
+    y = Axis(label="share of images", low=0, high=1, percent=True)
+    panels: list[Panel] = []
+    if len(series) <= _PANELS:
+        for title, by_method in series.items():
+            panels.append(Panel(title=title, x=x, y=y, marks=_accuracies(by_method)))
+            panels.append(_by_layer(title, by_method))
+    else:
+        for method in dict.fromkeys(name for by_method in series.values() for name in by_method):
+            marks = [
+                _share(title, by_method[method], "verified")
+                for title, by_method in series.items()
+                if method in by_method
+            ]
+            panels.append(Panel(title=method, x=x, y=y, marks=list(marks)))
+    caption = f"{len(records):,} jobs"
+    if missing := len(records) - len(done):
+        caption += f", {missing:,} of them without a result: not in the shares"
+    caption += ". Robust accuracy lies between what is verified and what survives the attack."
+    if any(record.params["arithmetic"] == "float32" for record in done):
+        caption += " Bounds in float32 are not certified."
+    return Figure(
+        title="Verified accuracy by method", caption=caption, panels=panels or [Panel(x=x, y=y, marks=[])], columns=2
+    )
+
+
+def _named(
+    records: Sequence[Record], fields: Sequence[str], references: Sequence[str], always: str = ""
+) -> dict[int, str]:
+    """A name of each record, by id: a field that is always told, the first reference, and of the others what differs.
+
+    What concerns alpha_crown alone is told of it alone.
+    """
+    told = [field for field in fields if len({record.params.get(field) for record in records}) > 1]
+    shown = [
+        reference
+        for place, reference in enumerate(references)
+        if place == 0 or len({record.name(reference) for record in records}) > 1
+    ]
+    names = {}
+    for record in records:
+        parts = [str(record.params[always])] if always else []
+        parts += [networks.short(record.name(reference)) for reference in shown]
+        alpha = record.params["method"] == "alpha_crown"
+        parts += [f"{field} {record.params.get(field)}" for field in told if alpha or field not in ("refined", "steps")]
+        names[record.id] = ", ".join(parts)
+    return names
+
+
+def _accuracies(by_method: dict[str, list[Record]]) -> list[Any]:
+    everyone = [record for records in by_method.values() for record in records]
+    lines = [_share(method, records, "verified") for method, records in by_method.items()]
+    return [_share("under attack", everyone, "survived"), *lines]
+
+
+def _share(label: str, records: Sequence[Record], what: Literal["verified", "survived"]) -> Line:
+    """What share of the images of each radius is verified, or right and not lost to the attack."""
+    met: defaultdict[float, dict[Any, bool]] = defaultdict(dict)
+    for record in records:
+        result, params = record.result, record.params
+        assert result is not None
+        attacked = result["margin_attack"]
+        survived = result["correct"] and (attacked is None or attacked > 0)
+        image = (params["dataset"], params["split"], params["index"])
+        # Of an image attacked several times (by jobs of several methods, with other seeds) the worst counts.
+        known = met[params["radius"]].get(image, what == "survived")
+        good = known and survived if what == "survived" else known or result["verified"]
+        met[params["radius"]][image] = good
+    radii = sorted(met)
+    shares = [sum(met[radius].values()) / len(met[radius]) for radius in radii]
+    return Line(x=list(radii), y=list(shares), label=label, points=True, dashed=what == "survived")
+
+
+def _by_layer(title: str, by_method: dict[str, list[Record]]) -> Panel:
+    """Mean width of the bounds of each layer, at the middle one of the radii above 0."""
+    radii = sorted({record.params["radius"] for records in by_method.values() for record in records} - {0.0})
+    radius = radii[len(radii) // 2] if radii else 0.0
+    marks = []
+    for method, records in by_method.items():
+        results = [record.result for record in records if record.params["radius"] == radius]
+        if not results:
+            continue
+        layers = results[0]["layers"]  # type: ignore[index]
+        rows = [result["widths"] for result in results]  # type: ignore[index]
+        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        marks.append(Line(x=list(layers), y=list(means), label=method, points=True))
+    return Panel(
+        title=f"{title}, radius {radius:g}",
+        x=Axis(label="layer", scale="category"),
+        y=Axis(label="mean width of its bounds", scale="log"),
+        marks=list(marks),
+    )
