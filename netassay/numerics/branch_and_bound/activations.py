@@ -296,9 +296,9 @@ def _climbed(
                 break
             optimiser.zero_grad()
             (-value.sum()).backward()
-            if "weights" in leaves:
+            if "weights" in leaves and (grad := leaves["weights"].grad) is not None:
                 # Along the simplex: Adam knows signs only, and steps of one sign for all leave no weight but 0.
-                leaves["weights"].grad -= leaves["weights"].grad.mean(1, keepdim=True)
+                grad -= grad.mean(1, keepdim=True)
             optimiser.step()
             with torch.no_grad():
                 leaves["slopes"].clamp_(0, 1)
