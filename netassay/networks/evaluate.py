@@ -94,7 +94,7 @@ def apply(operation: Operation, *given: Tensor, replaced: Constants | None = Non
 def pick(operation: Pick, x: Tensor) -> Tensor:
     """The numbers of x, (n, *source shape), that a Pick takes: (n, *operation.shape)."""
     indices = _indices(operation, x.device)
-    found = x.reshape(len(x), -1)[:, indices.clamp(min=0)]
+    found = x.flatten(1)[:, indices.clamp(min=0)]
     if bool((indices < 0).any()):
         found = torch.where(indices >= 0, found, 0.0)
     return found.reshape(len(x), *operation.shape)
@@ -103,7 +103,7 @@ def pick(operation: Pick, x: Tensor) -> Tensor:
 def unpick(operation: Pick, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The adjoint of `pick`: what each number of the source collects of a, (n, *operation.shape): (n, *shape)."""
     indices = _indices(operation, a.device)
-    a = a.reshape(len(a), -1)
+    a = a.flatten(1)
     if bool((indices < 0).any()):
         a = torch.where(indices >= 0, a, 0.0)
     found = a.new_zeros(len(a), math.prod(shape)).index_add_(1, indices.clamp(min=0), a)
