@@ -442,7 +442,10 @@ def unit_rows(graph: Graph, at: str, wanted: Tensor, boxes: int, dtype: torch.dt
     """
     size = wanted[0].numel()
     widest = max(_size(graph.input_shape), *(_size(operation.shape) for operation in operations(graph)))
-    for which in wanted.flatten(1).any(0).nonzero()[:, 0].split(max(1, COEFFICIENTS // (2 * widest * boxes))):
+    neurons = wanted.flatten(1).any(0).nonzero()[:, 0]
+    if not len(neurons):
+        return  # split would give one empty run
+    for which in neurons.split(max(1, COEFFICIENTS // (2 * widest * boxes))):
         one = torch.zeros(len(which), size, dtype=dtype)
         one[torch.arange(len(which)), which] = 1
         yield which, torch.cat([one, -one])[None].unflatten(2, graph.shape_of(at))

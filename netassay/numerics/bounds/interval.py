@@ -57,6 +57,13 @@ class Interval:
 
 def _linear(operation: Operation, values: Boxes, w: Weights, evaluated: torch.dtype | None) -> Interval:
     x, apply = values[operation.source], MAPS[type(operation)].apply
+    if w.weight is None:
+        # What only moves numbers rounds nothing. Of numbers that are there twice the set is no ellipsoid.
+        kept = None
+        if x.ellipsoid is not None and w.terms == 1:
+            centre, axes, error = (apply(operation, None, None, of) for of in x.ellipsoid)
+            kept = centre, axes, error
+        return Interval(apply(operation, None, None, x.lower), apply(operation, None, None, x.upper), kept)
     # 8 roundings beyond the sum itself: halving, subtracting and adding the ends; 4 g covers the second-order terms.
     g = 4 * rounding.gamma(w.terms + 8, x.lower.dtype) + rounding.local_gamma(w, evaluated)
     underflow = 4 * w.terms * rounding.smallest(evaluated or x.lower.dtype)

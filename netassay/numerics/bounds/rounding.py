@@ -17,12 +17,14 @@ error of at most g |A| |W|, which changes the bound by at most g |A| |W| H. Slop
 |A| <= |C| |W_L| ... |W_l+1| for specification C, and the sum of all changes, intercepts (at most H) and biases
 included, is at most |C| E(output) with
 
-    E(input) = 2 g H,  E(W x + b) = |W| (E(x) + g H) + g |b|,  E(relu x) = E(x) + 2 g H,
-    E(f(x)) = S E(x) + 2 g (S H + |f|),  E(x y) = H(y) E(x) + H(x) E(y) + 6 g H(x) H(y),  then doubled,
+    E(input) = 2 s H,  E(W x + b) = |W| (E(x) + g H) + s |b|,  E(relu x) = E(x) + 2 s H,
+    E(f(x)) = S E(x) + 2 s (S H + |f|),  E(x y) = H(y) E(x) + H(x) E(y) + 6 s H(x) H(y),  then doubled,
 
 S the largest |f'| over the box of x, and so the largest slope of a line there (0 where f' has no bound: lines are flat
-then), |f| the largest |f(x)|, and g for k roundings, more than any one number sees. Doubling covers products of errors,
-and rounding in E itself, as long as k u is below 1 %. A coefficient that underflows changes the bound by at most
+then), |f| the largest |f(x)|, and g for k roundings, more than any one coefficient sees. What goes into the constant,
+intercepts and biases, and the minimum over the input, is summed over all numbers of a value, more than a convolution
+sums for one of its outputs: s is g of so many terms. Doubling covers products of errors, and rounding in E itself, as
+long as k u is below 1 %. A coefficient that underflows changes the bound by at most
 tiny sum H, however small the weights after it are, so these changes are added up apart. Both cost one more product with
 |W| per operation and box, whatever the number of rows.
 
@@ -36,6 +38,7 @@ compute them in fewer bits (TF32, bfloat16), or take subnormal constants for zer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -184,12 +187,14 @@ def backward(graph: Graph, values: dict[str, Interval]) -> dict[str, Tensor]:
     of_graph = weights(graph, dtype)
     steps = operations(graph)
     # 8 roundings an operation beyond its sums: slopes, intercepts, accumulation of the constant term.
-    g = gamma(max((w.terms for w in of_graph.values()), default=1) + 8 * len(steps) + 16, dtype)
-    found = {graph.input: 2 * g * values[graph.input].magnitude()}
+    terms = max((w.terms for w in of_graph.values()), default=1)
+    widest = max(math.prod(graph.input_shape), *(math.prod(operation.shape) for operation in steps), terms)
+    g, s = (gamma(count + 8 * len(steps) + 16, dtype) for count in (terms, widest))
+    found = {graph.input: 2 * s * values[graph.input].magnitude()}
     lost = {graph.input: torch.zeros(len(values[graph.input].lower), dtype=dtype)}
     for operation in steps:
         w, underflow = of_graph[operation.target], 4 * of_graph[operation.target].terms * smallest(dtype)
-        error = _passed(operation, w, values, found, g)
+        error = _passed(operation, w, values, found, g, s)
         found[operation.target] = error + underflow
         # Each coefficient of a source may have lost this much, and meets |x| <= H.
         lost[operation.target] = sum(
@@ -206,23 +211,25 @@ def steepness(operation: Activation, x: Interval) -> Tensor:
 
 
 def _passed(
-    operation: Operation, w: Weights, values: Mapping[str, Interval], found: Mapping[str, Tensor], g: float
+    operation: Operation, w: Weights, values: Mapping[str, Interval], found: Mapping[str, Tensor], g: float, s: float
 ) -> Tensor:
     """E of an operation's target from those of its sources, but for underflow."""
     x, error = values[operation.source], found[operation.source]
     size = x.magnitude()
     if isinstance(operation, Relu):
-        return error + 2 * g * size
+        return error + 2 * s * size
     if isinstance(operation, Sum | Product):
         y = values[operation.other]
         first, second = _factors(operation, x, y)
-        added = first * size + second * y.magnitude() if isinstance(operation, Sum) else 6 * size * y.magnitude()
-        return first * error + second * found[operation.other] + g * added
+        added = (
+            g * (first * size + second * y.magnitude()) if isinstance(operation, Sum) else 6 * s * size * y.magnitude()
+        )
+        return first * error + second * found[operation.other] + added
     if isinstance(operation, Activation):
         steepest = steepness(operation, x)
         # Where there is no steepest slope, lines are flat (`backward.relaxation`).
         steepest = torch.where(torch.isfinite(steepest), steepest, 0.0)
         largest = values[operation.target].magnitude()
-        return steepest * error + 2 * g * (steepest * size + largest)
-    bias = None if w.bias is None else g * w.bias.abs()
+        return steepest * error + 2 * s * (steepest * size + largest)
+    bias = None if w.bias is None else s * w.bias.abs()
     return MAPS[type(operation)].apply(operation, w.absolute, bias, error + g * size)
