@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 
 from netassay.heavy import torch
 from netassay.networks.graph import Activation, Graph, Operation, Pick, Product, Relu, Sum
-from netassay.numerics.bounds import interval, relaxations, rounding
+from netassay.numerics.bounds import interval, relaxations, rounding, stack
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.linear import MAPS, Weights, operations, weights
 from netassay.numerics.bounds.regions import Region
@@ -214,7 +214,7 @@ def lower(
     *,
     intermediates: Intermediates = "backward",
     evaluated: torch.dtype | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Lower:
     """Lower bounds of C f(x), C the `rows`, over each ball of the region.
 
@@ -222,6 +222,9 @@ def lower(
     evaluated: the bounds also hold for every evaluation of the network in this dtype (C f is taken exactly).
     Raises NotImplementedError where the graph has an operation without a rule.
     """
+    if block is None:
+        dense = intermediates == "backward" and stack.of(graph, region.centre.dtype) is not None
+        block = stack.block(graph, rows.shape[-2]) if dense else BLOCK
     with torch.no_grad():
         parts = [
             _lower(graph, region[which], rows[None] if rows.dim() == 2 else rows[which], intermediates, evaluated)
@@ -236,7 +239,7 @@ def bounds(
     *,
     intermediates: Intermediates = "backward",
     evaluated: torch.dtype | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """lower, upper: (batch, *output shape), of every output over each ball; never looser than the box."""
     outputs = torch.eye(_size(graph.output_shape), dtype=region.centre.dtype)
@@ -366,10 +369,15 @@ def relaxed(
     error = {graph.input: torch.zeros_like(boxes[graph.input].lower)}
     # How often coordinates were mixed: through the first linear map that does, a box is exact.
     mixed = {graph.input: 0}
+    dense = stack.of(graph, region.centre.dtype) if intermediates == "backward" else None
+    passes = None if dense is None else stack.Pass(dense, region)
     for operation in steps:
         target, w = operation.target, of_graph[operation.target]
         if (lines := relaxation(operation, values, boxes)) is not None:
             block.lines[target] = lines
+            if passes is not None:
+                assert isinstance(lines, Lines)
+                passes.told(lines.alpha, lines.slope, lines.intercept)
         x = interval.step(operation, values, w, evaluated)
         if evaluated is not None:
             block.local[target], error[target] = rounding.evaluation(operation, w, values, error, evaluated)
@@ -381,7 +389,10 @@ def relaxed(
             if intermediates == "backward" and mixed[target] > 1:
                 block.delicate.logical_or_(_near(x, noise, x.lower, x.upper))
                 slack = block.rounding[target] + (error[target] if evaluated is not None else 0)
-                x = _tightened(graph, region, target, x, block, slack, target in before_others)
+                if passes is not None and passes.sides:
+                    x = _stacked(passes, target, x, slack)
+                else:
+                    x = _tightened(graph, region, target, x, block, slack, target in before_others)
                 if refine is not None:
                     x = refine(target, x, block, slack)
             block.delicate.logical_or_(_near(x, noise, x.lower + x.upper))
@@ -412,6 +423,13 @@ def _tightened(
         row = walk(graph, start, at, block.lines)
         x = cut(x, which, row.d + region.minimum(row.a.flatten(2)), slack, own)
     return x
+
+
+def _stacked(passes: stack.Pass, at: str, x: Interval, slack: Tensor) -> Interval:
+    """`_tightened` for a stack of dense layers."""
+    low, high = passes.hidden(passes.stack.before[at], ((x.lower < 0) & (x.upper > 0)).flatten(1))
+    low, high = _proved(low.reshape(x.lower.shape)), -_proved(-high.reshape(x.lower.shape))
+    return Interval(torch.maximum(x.lower, low - slack), torch.minimum(x.upper, high + slack))
 
 
 def unit_rows(graph: Graph, at: str, wanted: Tensor, boxes: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
