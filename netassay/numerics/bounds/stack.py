@@ -40,17 +40,23 @@ MERGED = 2
 BYTES = 1 << 20
 #: Boxes of a block, at least and at most.
 FEWEST, MOST = 16, 256
+#: Up to this width, the layers of a single box are scaled, and not the coefficients.
+NARROW = 256
 #: A pass leaves out columns that are off in all its boxes where so large a share of them is.
 SPARSE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """z = weight x + bias of flattened values: (outputs, inputs), (outputs,). across: |weight|."""
+    """z = weight x + bias of flattened values: (outputs, inputs), (outputs,). across: |weight|.
+
+    seen: the most terms of a sum, of the operation itself; 0 for the product of several.
+    """
 
     weight: Tensor
     bias: Tensor
     across: Tensor
+    seen: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +68,11 @@ class Stack:
     layers: tuple[Layer, ...]
     before: dict[str, int]
     after: tuple[str, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether every layer is one operation."""
+        return all(layer.seen for layer in self.layers)
 
 
 def block(graph: Graph, rows: int) -> int:
@@ -117,17 +128,20 @@ def _merged(pending: Sequence[Dense | Scale], of_graph: Mapping[str, Weights]) -
     elements = 0
     for operation in pending:
         w = of_graph[operation.target]
-        assert w.weight is not None and w.constant is not None
+        assert w.weight is not None
+        assert w.constant is not None
         elements += w.weight.numel()
         if isinstance(operation, Scale):
             scale = w.weight.flatten()
             bias = bias * scale + w.constant.flatten()
             matrix = scale.diag() if matrix is None else matrix * scale[:, None]
         else:
-            bias = w.constant if matrix is None else w.weight @ bias + w.constant  # type: ignore[operator]
+            bias = w.constant if matrix is None else w.weight @ bias + w.constant
             matrix = w.weight if matrix is None else w.weight @ matrix
-    assert matrix is not None and not isinstance(bias, float)
-    return None if matrix.numel() > elements else Layer(matrix.contiguous(), bias, matrix.abs())
+    assert matrix is not None
+    assert not isinstance(bias, float)
+    seen = of_graph[pending[0].target].terms if len(pending) == 1 else 0
+    return None if matrix.numel() > elements else Layer(matrix.contiguous(), bias, matrix.abs(), seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,15 +156,33 @@ class Sides:
         return Sides(self.p[which], self.q[which], self.half[which])
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A layer and the ReLU behind it on one box, as one matrix: by it (a, -+|a| of its unstable neurons, d) becomes (a, d)
+    of the neurons before. alive: the neurons that are not off, the unstable ones first.
+
+        (p W, p b + t/2)
+        (q W, q b + t/2)
+        (0, 1)
+    """
+
+    matrix: Tensor
+    alive: Tensor
+    unstable: int
+
+
 class Pass:
     """Passes over a block of boxes. Layers' lines are told in their order (`told`), after their bounds are known."""
 
-    def __init__(self, stack: Stack, region: Region) -> None:
+    def __init__(self, stack: Stack, region: Region, box: tuple[Tensor, Tensor] | None = None) -> None:
         self.stack, self.region = stack, region
         self.sides: list[Sides] = []
-        lower, upper = region.box()
-        lower, upper = lower.flatten(1), upper.flatten(1)
+        lower, upper = (end.flatten(1) for end in box or region.box())
         self.radius = (upper - lower) / 2
+        widest = max(max(layer.weight.shape) for layer in stack.layers)
+        #: Of a single box in a narrow network, the matrices of the layers told.
+        self.steps: list[Step] = []
+        self.single = len(region) == 1 and region.norm == "inf" and widest <= NARROW
         first = stack.layers[0]
         #: The constant term before the first ReLU: with boxes it holds the image of the centre.
         self.boxed = region.norm == "inf"
@@ -163,6 +195,51 @@ class Pass:
     def told(self, alpha: Tensor, slope: Tensor, intercept: Tensor) -> None:
         alpha, slope = alpha.flatten(1), slope.flatten(1)
         self.sides.append(Sides((slope + alpha) / 2, (slope - alpha) / 2, intercept.flatten(1) / 2))
+        if self.single:
+            self._step()
+
+    def _step(self) -> None:
+        """The last layer told, as one matrix: `Step`."""
+        side, number = self.sides[-1], len(self.sides) - 1
+        p, q, half = side.p[0], side.q[0], side.half[0]
+        bent = (q != 0) | (half != 0)
+        unstable, straight = bent.nonzero()[:, 0], ((p != 0) & ~bent).nonzero()[:, 0]
+        alive = torch.cat([unstable, straight])
+        both = torch.cat([alive, unstable])
+        factors = torch.cat([p[alive], q[unstable]])
+        weight = self.stack.layers[number].weight[both]
+        if number:
+            weight = weight[:, self.steps[-1].alive]
+        columns = weight.shape[1]
+        matrix = weight.new_zeros(len(both) + 1, columns + 1)
+        torch.mul(weight, factors[:, None], out=matrix[:-1, :columns])
+        torch.addcmul(half[both], factors, self._constants(number)[0][both], out=matrix[:-1, columns])
+        matrix[-1, columns] = 1
+        self.steps.append(Step(matrix, alive, len(unstable)))
+
+    def _single(self, number: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden` for one box."""
+        layer, step = self.stack.layers[number], self.steps[number - 1]
+        neurons = wanted.nonzero()[:, 0]
+        count, size, bent = len(neurons), len(step.alive), step.unstable
+        x = layer.weight.new_empty(2 * count, size + bent + 1)
+        x[:count, :size] = x[count:, :size] = layer.weight[neurons][:, step.alive]
+        x[:count, -1] = x[count:, -1] = layer.bias[neurons]
+        for j in range(number - 1, -1, -1):
+            torch.abs(x[:, :bent], out=x[:, size:-1])
+            x[:count, size:-1].neg_()
+            if j:
+                step, a = self.steps[j - 1], x
+                size, bent = len(step.alive), step.unstable
+                x = a.new_empty(2 * count, size + bent + 1)
+                y = a @ self.steps[j].matrix
+                x[:, :size], x[:, -1] = y[:, :-1], y[:, -1]
+            else:
+                x = x @ self.steps[0].matrix
+        reach = x[:, :-1].abs() @ self.radius[0]
+        low, high = torch.full_like(layer.bias, -torch.inf), torch.full_like(layer.bias, torch.inf)
+        low[neurons], high[neurons] = x[:count, -1] - reach[:count], x[count:, -1] + reach[count:]
+        return low[None], high[None]
 
     def _constants(self, layer: int) -> Tensor:
         """What a layer's neurons read where its ReLU's lines start: the bias, or the image of the centre."""
@@ -170,6 +247,8 @@ class Pass:
 
     def hidden(self, number: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of a layer's neurons where they are wanted, (batch, neurons); elsewhere without limit."""
+        if self.single:
+            return self._single(number, wanted[0])
         layer, last = self.stack.layers[number], self.sides[number - 1]
         constant = self._constants(number - 1)
         # The constant terms through the first ReLU, of all neurons: a product with as many rows as there are boxes.
