@@ -158,7 +158,7 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A layer and the ReLU behind it on one box, as one matrix: by it (a, -+|a| of its unstable neurons, d) becomes (a, d)
+    """A layer and the ReLU behind it on one box, as a matrix: it takes (a, -+|a| of its unstable neurons, d) to (a, d)
     of the neurons before. alive: the neurons that are not off, the unstable ones first.
 
         (p W, p b + t/2)
