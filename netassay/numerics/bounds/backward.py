@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from netassay.heavy import torch
-from netassay.networks.graph import Activation, Graph, Operation, Pick, Product, Relu, Sum
-from netassay.numerics.bounds import interval, relaxations, rounding
+from netassay.networks.graph import Activation, Dense, Graph, Operation, Pick, Product, Relu, Sum
+from netassay.numerics.bounds import interval, relaxations, rounding, stack
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.linear import MAPS, Weights, operations, weights
 from netassay.numerics.bounds.regions import Region
@@ -217,7 +217,7 @@ def lower(
     *,
     intermediates: Intermediates = "backward",
     evaluated: torch.dtype | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     flat: bool = False,
 ) -> Lower:
     """Lower bounds of C f(x), C the `rows`, over each ball of the region.
@@ -227,12 +227,22 @@ def lower(
     flat: the lower lines of unstable ReLUs have slope 0, with which no bound is looser than the box's.
     Raises NotImplementedError where the graph has an operation without a rule.
     """
+    if block is None:
+        dense = intermediates == "backward" and stack.of(graph, region.centre.dtype) is not None
+        block = stack.block(graph, rows.shape[-2]) if dense else BLOCK
     with torch.no_grad():
         parts = [
-            _lower(graph, region[which], rows[None] if rows.dim() == 2 else rows[which], intermediates, evaluated, flat)
+            _lower(
+                graph,
+                region[which] if len(region) > block else region,
+                rows[None] if rows.dim() == 2 else rows[which],
+                intermediates,
+                evaluated,
+                flat,
+            )
             for which in _blocks(len(region), block)
         ]
-    return joined(parts)
+    return joined(parts) if len(parts) > 1 else parts[0]
 
 
 def bounds(
@@ -241,7 +251,7 @@ def bounds(
     *,
     intermediates: Intermediates = "backward",
     evaluated: torch.dtype | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """lower, upper: (batch, *output shape), of every output over each ball; never looser than the box."""
     outputs = torch.eye(_size(graph.output_shape), dtype=region.centre.dtype)
@@ -363,6 +373,9 @@ def relaxed(
 
     refine: tightens further what a ReLU, function or product reads, before it is relaxed. flat: see `Lines.of`.
     """
+    dense = stack.of(graph, region.centre.dtype) if intermediates == "backward" else None
+    if dense is not None and dense.plain and region.norm == "inf" and evaluated is None and not flat:
+        return _of_stack(graph, region, dense, refine)
     of_graph = weights(graph, region.centre.dtype)
     steps = operations(graph)
     before_relu = {operation.source for operation in steps if isinstance(operation, Relu)}
@@ -380,10 +393,14 @@ def relaxed(
     error = {graph.input: torch.zeros_like(boxes[graph.input].lower)}
     # How often coordinates were mixed: through the first linear map that does, a box is exact.
     mixed = {graph.input: 0}
+    passes = None if dense is None else stack.Pass(dense, region)
     for operation in steps:
         target, w = operation.target, of_graph[operation.target]
         if (lines := relaxation(operation, values, boxes, flat)) is not None:
             block.lines[target] = lines
+            if passes is not None:
+                assert isinstance(lines, Lines)
+                passes.told(lines.alpha, lines.slope, lines.intercept)
         x = interval.step(operation, values, w, evaluated)
         if evaluated is not None:
             block.local[target], error[target] = rounding.evaluation(operation, w, values, error, evaluated)
@@ -395,7 +412,10 @@ def relaxed(
             if intermediates == "backward" and mixed[target] > 1:
                 block.delicate.logical_or_(_near(x, noise, x.lower, x.upper))
                 slack = block.rounding[target] + (error[target] if evaluated is not None else 0)
-                x = _tightened(graph, region, target, x, block, slack, target in before_others)
+                if passes is not None and passes.sides:
+                    x = _stacked(passes, passes.stack.before[target], x, slack)
+                else:
+                    x = _tightened(graph, region, target, x, block, slack, target in before_others)
                 if refine is not None:
                     x = refine(target, x, block, slack)
             block.delicate.logical_or_(_near(x, noise, x.lower + x.upper))
@@ -409,6 +429,65 @@ def _without_copies(graph: Graph, value: str) -> str:
     if isinstance(of, Pick) and of.indices.size > _size(graph.shape_of(of.source)):
         return of.source
     return value
+
+
+def _of_stack(graph: Graph, region: Region, dense: stack.Stack, refine: Refine | None) -> Block:
+    """`relaxed` for dense layers with ReLUs between them, in exact arithmetic, over boxes; in fewer steps.
+
+    The error bounds of `rounding` and `interval` are one product with |W|, and see the tightened boxes of the values
+    before them: every coefficient and intercept they are about is of lines over these.
+    """
+    steps, box = operations(graph), region.box()
+    passes, low, high = stack.Pass(dense, region, box), box[0].flatten(1), box[1].flatten(1)
+    dtype, boxes, tiny = low.dtype, len(low), rounding.smallest(low.dtype)
+    terms = max(w.terms for w in weights(graph, dtype).values())
+    g, underflow = rounding.gamma(terms + 8 * len(steps) + 16, dtype), 4 * terms * tiny
+    size = torch.maximum(-low, high)
+    error, lost = 2 * g * size, underflow * size.sum(1, keepdim=True)
+    whole = 2 * (error + lost)
+    block = Block({graph.input: Interval(*box)}, {}, {}, {graph.input: whole.reshape(box[0].shape)}, lost[:, 0] < 0)
+    number, near = -1, []
+    for operation in steps:
+        at, shape = operation.target, (boxes, *operation.shape)
+        if isinstance(operation, Relu):
+            lines = Lines.of(Interval(low, high))
+            passes.told(lines.alpha, lines.slope, lines.intercept)
+            block.lines[at] = Lines(*(side.reshape(shape) for side in (lines.alpha, lines.slope, lines.intercept)))
+            size = torch.maximum(-low, high)
+            # What underflows here, and in the map after it, whose values are no larger.
+            lost = torch.add(lost, size.sum(1, keepdim=True), alpha=2 * underflow)
+            error = torch.add(error, size, alpha=2 * g) + underflow
+            low, high = low.clamp(min=0), high.clamp(min=0)
+            size, whole = high, 2 * (error + lost)
+        elif isinstance(operation, Dense):
+            number += 1
+            layer = dense.layers[number]
+            own = 4 * rounding.gamma(layer.seen + 8, dtype)
+            radius = (high - low) / 2
+            middle = passes.middle if number == 0 else torch.addmm(layer.bias, low + radius, layer.weight.T)
+            # |W| meets the radii, with what rounding makes of them, and the errors so far.
+            both = torch.cat([torch.add(radius, size, alpha=own), torch.add(error, size, alpha=g)])
+            bias = layer.bias.abs()
+            half, error = (both @ layer.across.T).chunk(2)
+            half, error = half.add(bias, alpha=own).add_(underflow), error.add(bias, alpha=g).add_(underflow)
+            low, high = middle - half, middle + half
+            whole = 2 * (error + lost)
+            if number < len(dense.layers) - 1:
+                noise = NOISE * len(steps) * whole
+                wide = 4 * noise
+                if number:
+                    near.append((torch.minimum(low.abs(), high.abs()) <= noise) & (high - low > wide))
+                    x = _stacked(passes, number, Interval(low, high), whole)
+                    if refine is not None:
+                        x = Interval(x.lower.reshape(shape), x.upper.reshape(shape))
+                        x = refine(at, x, block, whole.reshape(shape))
+                    low, high = x.lower.flatten(1), x.upper.flatten(1)
+                near.append(((low + high).abs() <= noise) & (high - low > wide))
+        block.values[at] = Interval(low.reshape(shape), high.reshape(shape))
+        block.rounding[at] = whole.reshape(shape)
+    # As `_near` has it: an end so near to 0, or ends so near to opposite, matter where the box is wide.
+    block.delicate.logical_or_(torch.cat(near, 1).any(1))
+    return block
 
 
 def _near(x: Interval, noise: Tensor, *choices: Tensor) -> Tensor:
@@ -434,6 +513,13 @@ def _tightened(
         row = walk(graph, start, at, block.lines)
         x = cut(x, which, row.d + region.minimum(row.a.flatten(2)), slack, own)
     return x
+
+
+def _stacked(passes: stack.Pass, number: int, x: Interval, slack: Tensor) -> Interval:
+    """`_tightened` for a stack of dense layers."""
+    low, high = passes.hidden(number, ((x.lower < 0) & (x.upper > 0)).flatten(1))
+    low, high = _proved(low.reshape(x.lower.shape)), -_proved(-high.reshape(x.lower.shape))
+    return Interval(torch.maximum(x.lower, low - slack), torch.minimum(x.upper, high + slack))
 
 
 def unit_rows(graph: Graph, at: str, wanted: Tensor, boxes: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
