@@ -101,6 +101,8 @@ def _made(graph: Graph, dtype: torch.dtype) -> Stack | None:
     for operation in operations(graph):
         if operation.source != at or not isinstance(operation, Dense | Reshape | Scale | Relu):
             return None
+        if isinstance(operation, Dense) and len(operation.shape) != 1:
+            return None  # the same matrix on each row of a value: no layer
         if isinstance(operation, Relu):
             layer = _merged(pending, of_graph)
             if layer is None:
