@@ -34,6 +34,11 @@ each of which is computed to a few u d_i H(A_i). Doubling covers products of err
 that underflows changes the bound by tiny times what it meets, whatever comes after it; these are added up apart. In
 float32 no rounding is taken off: such a bound is an estimate.
 
+64 boxes at radius 0.02 and one output, on one thread of a shared machine, CROWN of the pre-activations included, beside
+auto_LiRPA 0.7.1 box by box in float32 without optimised slopes (its bounds are the same to 3e-7, or larger): ACAS Xu
+0.085 s, 30 times as fast; 64-128x4-10 0.11 s, 15 times; 784-256x2-10 0.7 s, 2.2 to 2.9 times, and in float32 0.40 s,
+4.0 to 4.6 times. There the products themselves are 18 GFLOP, half of the time (a third in the small nets).
+
 Reference: Shi, Wang, Zhang, Kolter, Hsieh. Efficiently computing local Lipschitz constants of neural networks via bound
 propagation. 2022.
 Reference: Zhang, Zhang, Hsieh. RecurJac: an efficient recursive algorithm for bounding Jacobian matrix of neural
