@@ -241,7 +241,7 @@ def steepest(
         norm = gradient.flatten(2).abs().sum(2) - slack
         for name, z in read.items():
             norm = torch.where((z.abs() > pads[name]).flatten(1).all(1)[:, None], norm, 0.0)
-        return norm.amax(1)
+        return norm.amax(1).clamp(min=0)
 
     found, value = [region.centre[:1]], [norms(region.centre[:1])]
     if points is not None:
