@@ -256,6 +256,29 @@ def test_a_bound_with_a_budget_is_never_below_the_exact_constant() -> None:
             before = answer.bound
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_no_budget_brings_the_bound_of_several_rows_below_a_gradient(seed: int) -> None:
+    """Every other network has weights that are multiples of 1/2: neurons that are 0 together, or all along."""
+    generator = np.random.default_rng(seed)
+    graph = random_chain(generator, [4, 9, 8, 7, 3])
+    if seed % 2:
+        for operation in graph.operations:
+            if isinstance(operation, Dense):
+                operation.weight[...], operation.bias[...] = (
+                    np.round(2 * v) / 2 for v in (operation.weight, operation.bias)
+                )
+    region, rows = ball(np.round(generator.normal(size=4), 1), [0.1, 0.5, 2.0][seed // 2]), torch.eye(3, dtype=F64)
+    found, pads = jacobian.bounds(graph, region, rows), stack.boxes(graph, region).pads
+    by_name = {f"z{place}": pad[0] for place, pad in enumerate(pads)}
+    floor = jacobian.steepest(graph, region, rows, by_name, found.rounding[0], samples=2000, moves=60, seed=0).norm
+    before = float(found.norm.max()) + 1e-9
+    for budget in (1, 20, 200):
+        answer = jacobians.search(graph, region, rows, budget=budget)
+        assert answer is not None
+        assert floor <= answer.bound <= before
+        before = answer.bound
+
+
 def test_half_spaces_bound_no_less_than_their_points_reach() -> None:
     generator = torch.Generator().manual_seed(0)
     n, rows = 5, 4

@@ -34,6 +34,11 @@ each of which is computed to a few u d_i H(A_i). Doubling covers products of err
 that underflows changes the bound by tiny times what it meets, whatever comes after it; these are added up apart. In
 float32 no rounding is taken off: such a bound is an estimate.
 
+64 boxes at radius 0.02 and one output, on one thread of a shared machine, CROWN of the pre-activations included, beside
+auto_LiRPA 0.7.1 box by box in float32 without optimised slopes (its bounds are the same to 3e-7, or larger): ACAS Xu
+0.085 s, 30 times as fast; 64-128x4-10 0.11 s, 15 times; 784-256x2-10 0.7 s, 2.2 to 2.9 times, and in float32 0.40 s,
+4.0 to 4.6 times. There the products themselves are 18 GFLOP, half of the time (a third in the small nets).
+
 Reference: Shi, Wang, Zhang, Kolter, Hsieh. Efficiently computing local Lipschitz constants of neural networks via bound
 propagation. 2022.
 Reference: Zhang, Zhang, Hsieh. RecurJac: an efficient recursive algorithm for bounding Jacobian matrix of neural
@@ -236,7 +241,7 @@ def steepest(
         norm = gradient.flatten(2).abs().sum(2) - slack
         for name, z in read.items():
             norm = torch.where((z.abs() > pads[name]).flatten(1).all(1)[:, None], norm, 0.0)
-        return norm.amax(1)
+        return norm.amax(1).clamp(min=0)
 
     found, value = [region.centre[:1]], [norms(region.centre[:1])]
     if points is not None:

@@ -107,8 +107,8 @@ def search(
 ) -> Answer | None:
     """The largest |J|_1 over one box; None where the network is not of dense layers with ReLU (see `stages`).
 
-    region: of one set, float64. rows: (rows, outputs). budget: parts to bound, the box itself included for each row.
-    least: a value that is known to be reached; parts that cannot exceed it are left alone.
+    region: of one set, float64. rows: (rows, outputs). budget: parts to bound, but the box itself for each row always
+    is. least: a value that is known to be reached; parts that cannot exceed it are left alone.
     The same arguments give the same answer, whatever else is computed.
     """
     chain = stages.of(graph, torch.float64)
@@ -122,7 +122,8 @@ class _Search:
     def __init__(
         self, chain: stages.Stack, graph: Graph, region: Region, rows: Tensor, budget: int, least: float, batch: int
     ) -> None:
-        self.chain, self.rows, self.budget, self.least, self.batch = chain, rows, budget, least, batch
+        self.chain, self.rows, self.batch = chain, rows, batch
+        self.budget = max(budget, len(rows))
         start = stages.boxes(graph, region)
         ends, self.pads = start.ends, start.pads
         lower, upper = (end.flatten() for end in region.box())
