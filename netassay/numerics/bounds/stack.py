@@ -183,6 +183,7 @@ class Pass:
     def __init__(self, stack: Stack, region: Region, box: tuple[Tensor, Tensor] | None = None) -> None:
         self.stack, self.region = stack, region
         self.sides: list[Sides] = []
+        self.room: Tensor | None = None
         lower, upper = (end.flatten(1) for end in box or region.box())
         self.radius = (upper - lower) / 2
         widest = max(max(layer.weight.shape) for layer in stack.layers)
@@ -295,15 +296,18 @@ class Pass:
             # Neurons as columns: those that are kept then lie in one piece each.
             rows, size = layer.columns, layer.sizes
             if kept is not None:
-                p, q, before = p[:, kept], q[:, kept[:few]], before[kept]
-                rows, size = rows[kept], size[kept[:few]]
+                unstable = kept[:few]
+                p, q, before = p[:, kept], q[:, unstable], before.index_select(0, kept)
+                rows, size = rows.index_select(0, kept), size.index_select(0, unstable)
             if neurons.shape[1] < rows.shape[1]:
                 rows, size = rows[:, neurons[0]], size[:, neurons[0]]
-            both = before.new_empty(1, 2, neurons.shape[1], before.shape[1])
-            straight = torch.mm((rows * p[0, :, None]).T, before)
-            bent = torch.mm((size * q[0, :, None]).T, before[: len(size)], out=both[0, 1])
-            torch.sub(straight, bent, out=both[0, 0])
-            bent.add_(straight)
+            room = self._space(3, neurons.shape[1], before.shape[1])
+            straight, both = room[0], room[None, 1:]
+            sides = both[0]
+            torch.mm((rows * p[0, :, None]).T, before, out=straight)
+            torch.mm((size * q[0, :, None]).T, before[: len(size)], out=sides[1])
+            torch.sub(straight, sides[1], out=sides[0])
+            sides[1].add_(straight)
             return both
         rows = layer.weight[neurons.flatten()]
         if kept is not None:
@@ -316,6 +320,12 @@ class Pass:
         torch.sub(straight, bent, out=both[:, 0])
         torch.add(straight, bent, out=both[:, 1])
         return both
+
+    def _space(self, *shape: int) -> Tensor:
+        """Room for coefficients, the same at every call: fresh memory for each box costs as much as a pass over it."""
+        if self.room is None or self.room.numel() < math.prod(shape):
+            self.room = self.radius.new_empty(math.prod(shape))
+        return self.room[: math.prod(shape)].view(shape)
 
     def _down(self, number: int, a: Tensor, d: Tensor, sides: Sequence[Sides], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """From coefficients of what a layer's ReLUs give to those of the input: a (boxes, 2, rows, neurons), of lower
