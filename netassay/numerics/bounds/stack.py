@@ -42,13 +42,14 @@ BYTES = 1 << 20
 FEWEST, MOST = 16, 256
 #: Up to this width, the layers of a single box are scaled, and not the coefficients.
 NARROW = 256
-#: A pass leaves out columns that are off in all its boxes where so large a share of them is.
+#: A pass of several boxes leaves out columns that are off in all of them where so large a share of them is.
 SPARSE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """z = weight x + bias of flattened values: (outputs, inputs), (outputs,). across: |weight|.
+    columns, sizes: the transposes of weight and |weight|.
 
     seen: the most terms of a sum, of the operation itself; 0 for the product of several.
     """
@@ -56,6 +57,8 @@ class Layer:
     weight: Tensor
     bias: Tensor
     across: Tensor
+    columns: Tensor
+    sizes: Tensor
     seen: int
 
 
@@ -143,7 +146,10 @@ def _merged(pending: Sequence[Dense | Scale], of_graph: Mapping[str, Weights]) -
     assert matrix is not None
     assert not isinstance(bias, float)
     seen = of_graph[pending[0].target].terms if len(pending) == 1 else 0
-    return None if matrix.numel() > elements else Layer(matrix.contiguous(), bias, matrix.abs(), seen)
+    if matrix.numel() > elements:
+        return None
+    matrix, size = matrix.contiguous(), matrix.abs()
+    return Layer(matrix, bias, size, matrix.T.contiguous(), size.T.contiguous(), seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +185,7 @@ class Pass:
     def __init__(self, stack: Stack, region: Region, box: tuple[Tensor, Tensor] | None = None) -> None:
         self.stack, self.region = stack, region
         self.sides: list[Sides] = []
+        self.room: Tensor | None = None
         lower, upper = (end.flatten(1) for end in box or region.box())
         self.radius = (upper - lower) / 2
         widest = max(max(layer.weight.shape) for layer in stack.layers)
@@ -268,24 +275,12 @@ class Pass:
 
     def _pair(self, number: int, boxes: Tensor, neurons: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of neurons, (boxes, rows), of a layer."""
-        layer, every = self.stack.layers[number], len(even) == 1
+        every = len(even) == 1
         sides = self.sides[:number] if every else [side[boxes] for side in self.sides[:number]]
         last = sides[-1]
         even, odd = (even, odd) if every else (even[boxes], odd[boxes])
         even, odd = even.gather(1, neurons), odd.gather(1, neurons)
-        kept, few = _columns(last)
-        rows = layer.weight[neurons.flatten()] if len(boxes) > 1 or neurons.shape[1] < len(layer.bias) else layer.weight
-        p, q = last.p, last.q
-        before = self.stack.layers[number - 1].weight
-        if kept is not None:
-            rows, p, q, before = rows[:, kept], p[:, kept], q[:, kept[:few]], before[kept]
-        rows = rows.reshape(len(boxes), -1, rows.shape[1])
-        both = rows.new_empty(len(boxes), 2, rows.shape[1], before.shape[1])
-        size = rows[:, :, : q.shape[1]].abs()
-        straight = ((rows * p[:, None]).flatten(0, 1) @ before).unflatten(0, rows.shape[:2])
-        bent = ((size * q[:, None]).flatten(0, 1) @ before[: q.shape[1]]).unflatten(0, rows.shape[:2])
-        torch.sub(straight, bent, out=both[:, 0])
-        torch.add(straight, bent, out=both[:, 1])
+        both = self._sides_of(number, neurons, last)
         d = torch.stack([even - odd, even + odd], 1)
         a, d = self._down(number - 2, both, d, sides, boxes)
         if self.boxed:
@@ -293,6 +288,46 @@ class Pass:
             return d[:, 0] - reach[:, 0], d[:, 1] + reach[:, 1]
         region = self.region if every else self.region[boxes]
         return d[:, 0] + region.minimum(a[:, 0]), d[:, 1] - region.minimum(-a[:, 1])
+
+    def _sides_of(self, number: int, neurons: Tensor, last: Sides) -> Tensor:
+        """Coefficients of the value before the first ReLU, (boxes, 2, rows, its neurons), of lower and upper sides."""
+        layer, before = self.stack.layers[number], self.stack.layers[number - 1].weight
+        kept, few = _columns(last)
+        p, q = last.p, last.q
+        if len(neurons) == 1:
+            # Neurons as columns: those that are kept then lie in one piece each.
+            rows, size = layer.columns, layer.sizes
+            if kept is not None:
+                unstable = kept[:few]
+                p, q, before = p[:, kept], q[:, unstable], before.index_select(0, kept)
+                rows, size = rows.index_select(0, kept), size.index_select(0, unstable)
+            if neurons.shape[1] < rows.shape[1]:
+                rows, size = rows[:, neurons[0]], size[:, neurons[0]]
+            room = self._space(3, neurons.shape[1], before.shape[1])
+            straight, both = room[0], room[None, 1:]
+            sides = both[0]
+            torch.mm((rows * p[0, :, None]).T, before, out=straight)
+            torch.mm((size * q[0, :, None]).T, before[: len(size)], out=sides[1])
+            torch.sub(straight, sides[1], out=sides[0])
+            sides[1].add_(straight)
+            return both
+        rows = layer.weight[neurons.flatten()]
+        if kept is not None:
+            rows, p, q, before = rows[:, kept], p[:, kept], q[:, kept[:few]], before[kept]
+        rows = rows.reshape(len(neurons), -1, rows.shape[1])
+        both = rows.new_empty(len(neurons), 2, rows.shape[1], before.shape[1])
+        size = rows[:, :, : q.shape[1]].abs().mul_(q[:, None])
+        straight = (rows.mul_(p[:, None]).flatten(0, 1) @ before).unflatten(0, rows.shape[:2])
+        bent = (size.flatten(0, 1) @ before[: q.shape[1]]).unflatten(0, rows.shape[:2])
+        torch.sub(straight, bent, out=both[:, 0])
+        torch.add(straight, bent, out=both[:, 1])
+        return both
+
+    def _space(self, *shape: int) -> Tensor:
+        """Room for coefficients, the same at every call: fresh memory for each box costs as much as a pass over it."""
+        if self.room is None or self.room.numel() < math.prod(shape):
+            self.room = self.radius.new_empty(math.prod(shape))
+        return self.room[: math.prod(shape)].view(shape)
 
     def _down(self, number: int, a: Tensor, d: Tensor, sides: Sequence[Sides], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """From coefficients of what a layer's ReLUs give to those of the input: a (boxes, 2, rows, neurons), of lower
@@ -317,12 +352,12 @@ class Pass:
 
 def _columns(side: Sides) -> tuple[Tensor | None, int]:
     """The neurons that are not off in all boxes, those first that are unstable in any, and how many these are; None and
-    all, where it is hardly worth it.
+    all, where several boxes share a pass and it is hardly worth it.
     """
     bent = ((side.q != 0) | (side.half != 0)).any(0)
     alive = bent | (side.p != 0).any(0)
     size, many = len(alive), int(alive.sum())
-    if many > (1 - SPARSE) * size:
+    if len(side.p) > 1 and many > (1 - SPARSE) * size:
         return None, size
     unstable = bent.nonzero()[:, 0]
     return torch.cat([unstable, (alive & ~bent).nonzero()[:, 0]]), len(unstable)
