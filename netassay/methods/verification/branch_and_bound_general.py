@@ -128,12 +128,12 @@ EXAMPLE = {
         {
             "method": "verification.branch_and_bound_general",
             "params": {
-                "network": {"dataset": "digits", "architecture": {"kind": "mlp", "hidden": [20, 20]}, "epochs": 10},
+                "network": {"dataset": "digits", "architecture": {"kind": "mlp", "hidden": [20, 20]}, "epochs": 20},
                 "dataset": "digits",
                 "budget": 100,
                 "restarts": 10,
             },
-            "grid": {"radius": [0.03, 0.06], "index": [0, 1], "heuristic": ["bbps", "width"]},
+            "grid": {"radius": [0.06, 0.08], "index": [2, 4], "heuristic": ["bbps", "width"]},
         }
     ]
 }
