@@ -22,8 +22,9 @@ McCormick's two on either side. All of these are sound for every choice, so a se
 
 Which neuron is split (`heuristic`):
 * "bbps": by the bounds of both halves, as they would be with all other lines kept: the halves' new lines of the neuron
-  change its coefficients by d, and d z_j is bounded over B by the linear bounds of z_j that the root had (the
-  shortcut), or over the half of its interval, whichever is better (Shi et al., section 3.2);
+  change its coefficient by d, and d z_j is bounded over B by the linear bounds of z_j that the root had (the shortcut;
+  Shi et al., section 3.2), with some multipliers of the split tried, or over the half of its interval, whichever is
+  best;
 * "babsr": |A| times the gap between the function and the line that A takes, at the point of the split;
 * "width": the widest interval among the neurons whose lines are not exact.
 And where (`points`): "optimised" from `relaxations.branching_point`, or "midpoint". ReLUs are always split at 0, and
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
 #: Adam's precision, and that of what is claimed.
 FAST, EXACT = torch.float32, torch.float64
 #: Adam: rates of what chooses lines, of beta and of w, and by what they shrink a step.
-RATE, MULTIPLIERS, SHRINK = 0.1, 0.1, 0.97
+RATE, MULTIPLIERS, SHRINK = 0.05, 0.1, 0.93
 #: Of a function, slopes of the lines between which means are taken, from the best one (0) to the least (-1) and the
 #: largest (1) derivative: as a share of the way.
 FRACTIONS = (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
@@ -84,8 +85,12 @@ NARROWEST = 1e-9
 DESCENT, JUDGED = 4, 4
 #: The margin of what nothing is left of: barely positive.
 EMPTY = 2.0**-1000
+#: Multipliers of a split that its estimate tries, as shares of the neuron's coefficient.
+SHARES = (0.0, 0.3, 1.0)
 #: What the better half's estimate adds to the worse one's.
-SECOND = 0.1
+SECOND = 0.5
+#: What the gap of its lines adds to the estimates of a neuron: it decides where these see no difference.
+GAPS = 0.1
 
 
 @dataclass(frozen=True)
@@ -519,6 +524,25 @@ class _Shortcuts:
                 parts.append((below, d, -above, -e))
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def least(self, neuron: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """A lower bound of a z as coefficients of the inputs, (..., inputs), and a constant. neuron, a: (...)."""
+        positive, negative = a.clamp(min=0), a.clamp(max=0)
+        linear = positive[..., None] * self.lower[neuron] + negative[..., None] * self.upper[neuron]
+        return linear, positive * self.lower_constant[neuron] + negative * self.upper_constant[neuron]
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """What new lines of neurons change in linear bounds: the constant and the neuron's coefficient; size: how large the
+    coefficient of the lines is then, (n, 2) each. other: None, or the numbers, (n,), of the factors of products that
+    the planes multiply too, the changes of their coefficients and their intervals.
+    """
+
+    constant: Tensor
+    change: Tensor
+    size: Tensor
+    other: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None
+
 
 class _Splitter:
     """Chooses the neuron of each part that is split, and where."""
@@ -546,7 +570,9 @@ class _Splitter:
             at = point.gather(1, top.indices)
             estimates = self._estimates(parts, best, lines, top.indices, at).clamp(max=0)
             low, high = estimates.amin(2), estimates.amax(2)
-            merit = torch.where(top.values > -torch.inf, low + SECOND * high, -torch.inf)
+            merit = torch.where(
+                top.values > -torch.inf, low + SECOND * high + GAPS * top.values.clamp(min=0), -torch.inf
+            )
             neuron = top.indices.gather(1, merit.argmax(1, keepdim=True))[:, 0]
         none = ~free.any(1)
         return torch.where(none, -1, neuron), point.gather(1, neuron[:, None])[:, 0]
@@ -597,8 +623,9 @@ class _Splitter:
         assert known is not None
         low, up = parts.low.gather(1, neuron), parts.up.gather(1, neuron)
         start, end = torch.stack([low, point], 2), torch.stack([point, up], 2)
-        constant = torch.zeros(start.shape)
-        inside = torch.zeros(start.shape)
+        constant, inside = torch.zeros(start.shape), torch.zeros(start.shape)
+        # Of the neuron itself: the change of its coefficient, and what this is then.
+        own, size = torch.zeros(start.shape), torch.zeros(start.shape)
         linear = torch.zeros(*start.shape, self.inputs)
         for op, (first, _) in zip(problem.steps, problem.places, strict=True):
             for role, name in enumerate(dict.fromkeys(op.sources)):
@@ -608,37 +635,39 @@ class _Splitter:
                     continue
                 place = neuron[i, j] - site.start
                 a = best.coefficients[i, first + place]
-                of = self._changes(parts, op, role, lines[op.target], i, place, start[i, j], end[i, j], a)
-                constant[i, j] += of[0]
-                inside[i, j] += of[0]
-                for which, change, ends in of[1]:
-                    positive, negative = change.clamp(min=0), change.clamp(max=0)
-                    lower, upper = known.lower[which][:, None], known.upper[which][:, None]
-                    linear[i, j] += positive[:, :, None] * lower + negative[:, :, None] * upper
-                    constant[i, j] += positive * known.lower_constant[which][:, None]
-                    constant[i, j] += negative * known.upper_constant[which][:, None]
+                new = self._changes(parts, op, role, lines[op.target], i, place, start[i, j], end[i, j], a)
+                constant[i, j] += new.constant
+                inside[i, j] += new.constant + torch.minimum(new.change * start[i, j], new.change * end[i, j]).to(FAST)
+                own[i, j] += new.change
+                size[i, j] += new.size
+                if new.other is not None:
+                    which, change, ends = new.other
+                    moved, fixed = known.least(which[:, None], change)
+                    linear[i, j] += moved
+                    constant[i, j] += fixed
                     inside[i, j] += torch.minimum(change * ends[0], change * ends[1])
         region, value = parts.region[FAST], best.bound[:, None, None]
-        d = best.bound - region.minimum(best.corner[:, None])[:, 0]
-        moved = region.minimum((best.corner[:, None, None] + linear).flatten(1, 2)).reshape(start.shape)
-        found = torch.maximum(d[:, None, None] + constant + moved, value + inside)
+        d = (best.bound - region.minimum(best.corner[:, None])[:, 0])[:, None, None]
+        found = value + inside
+        side, at = torch.tensor([1.0, -1.0]), point.to(FAST)[:, :, None]
+        for share in SHARES:
+            beta = share * size * side
+            moved, fixed = known.least(neuron[:, :, None], own + beta)
+            whole = (best.corner[:, None, None] + linear + moved).flatten(1, 2)
+            found = torch.maximum(found, d + constant + fixed - beta * at + region.minimum(whole).reshape(start.shape))
         return torch.maximum(found.nan_to_num(nan=-math.inf), value)
 
     def _changes(
         self, parts: _Parts, op: Operation, role: int, line: Relaxation, i: Tensor, place: Tensor,
         start: Tensor, end: Tensor, a: Tensor,
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]]:  # fmt: skip
-        """What new lines over [start, end], (n, 2), change: the constant, (n, 2), and for each neuron that the lines
-        multiply its number, (n,), the change of its coefficient, (n, 2), and its interval. a: (n,), of op's numbers.
-        """
+    ) -> _Change:  # fmt: skip
+        """What new lines over [start, end], (n, 2), change. place, a: (n,), of what op gives."""
         problem = self.problem
         positive, negative = a.clamp(min=0)[:, None], a.clamp(max=0)[:, None]
 
         def old(v: Tensor) -> Tensor:
             return v.flatten(1)[i.clamp(max=len(v) - 1), place][:, None]
 
-        ends = start.to(FAST), end.to(FAST)
-        number = problem.sites[op.sources[role]].start + place
         if isinstance(line, Lines):
             if isinstance(op, Relu):
                 of = Lines.of(Interval(start, end))
@@ -648,12 +677,13 @@ class _Splitter:
                 new = _smallest(op, start, end)
             alpha, below, slope, intercept = (v.to(FAST) for v in new)
             before = torch.zeros(len(a), 1) if line.below is None else old(line.below)
-            change = positive * (alpha - old(line.alpha)) + negative * (slope - old(line.slope))
+            size = positive * alpha + negative * slope
+            change = size - positive * old(line.alpha) - negative * old(line.slope)
             constant = positive * (below - before) + negative * (intercept - old(line.intercept))
-            return constant, [(number, change, ends)]
+            return _Change(constant, change, size.abs(), None)
         assert isinstance(op, Product)
         square = op.source == op.other
-        other = problem.sites[op.sources[1 - role]].start + place if not square else number
+        other = problem.sites[op.other if role == 0 else op.source].start + place
         theirs = (start, end) if square else tuple(v[i, other][:, None].expand_as(start) for v in (parts.low, parts.up))
         p = relaxations.mccormick(start, end, *theirs)
         new_below, new_above = (
@@ -661,14 +691,15 @@ class _Splitter:
             for side in ((p.lower_x, p.lower_y, p.lower_constant), (p.upper_x, p.upper_y, p.upper_constant))
         )
         mine, yours = (role, 1 - role) if not square else (0, 1)
+        sizes = [positive * new_below[k] + negative * new_above[k] for k in range(3)]
         changes = [
-            positive * (new_below[new] - old(line.below[was])) + negative * (new_above[new] - old(line.above[was]))
+            sizes[new] - positive * old(line.below[was]) - negative * old(line.above[was])
             for new, was in ((0, mine), (1, yours), (2, 2))
         ]
         if square:
-            return changes[2], [(number, changes[0] + changes[1], ends)]
-        theirs = theirs[0].to(FAST), theirs[1].to(FAST)
-        return changes[2], [(number, changes[0], ends), (other, changes[1], theirs)]
+            return _Change(changes[2], changes[0] + changes[1], (sizes[0] + sizes[1]).abs(), None)
+        ends = theirs[0].to(FAST), theirs[1].to(FAST)
+        return _Change(changes[2], changes[0], sizes[0].abs(), (other, changes[1], ends))
 
 
 def _smallest(op: Activation, low: Tensor, up: Tensor) -> tuple[Tensor, ...]:
