@@ -268,7 +268,7 @@ def test_no_budget_brings_the_bound_of_several_rows_below_a_gradient(seed: int) 
                     np.round(2 * v) / 2 for v in (operation.weight, operation.bias)
                 )
     region, rows = ball(np.round(generator.normal(size=4), 1), [0.1, 0.5, 2.0][seed // 2]), torch.eye(3, dtype=F64)
-    found, pads = jacobian.bounds(graph, region, rows), stack.boxes(graph, region).pads
+    found, pads = jacobian.bounds(graph, region, rows), stages.boxes(graph, region).pads
     by_name = {f"z{place}": pad[0] for place, pad in enumerate(pads)}
     floor = jacobian.steepest(graph, region, rows, by_name, found.rounding[0], samples=2000, moves=60, seed=0).norm
     before = float(found.norm.max()) + 1e-9
