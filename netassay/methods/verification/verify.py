@@ -13,9 +13,8 @@ shape in the file. Stages, each for the (box, conjunction) pairs that the ones b
 3. crown: backward linear bounds (Zhang et al. 2018), every layer bounded backward; `crown_ibp`: between boxes;
 4. attack again, from the corners where the linear bounds of stage 3 are least;
 5. splitting: branch and bound over the inputs (`netassay.numerics.branch_and_bound.inputs`), where these are at most
-   `INPUTS`, else over what single ReLUs do (`netassay.numerics.branch_and_bound.activations`): parts of the box are
-   bounded and halved until all are refuted, one holds a counterexample, or `budget` is used up. Of a network with more
-   inputs and other functions than ReLU nothing is split here: see `verification.branch_and_bound_general`.
+   `INPUTS`, else over what single neurons do (`activations` where all are ReLUs, else `nonlinear`, beside it): parts of
+   the box are bounded and halved until all are refuted, one holds a counterexample, or `budget` is used up.
 
 The margin of a pair is max over k of (a lower bound of min c_k.f) - b_k, in units of the property: above 0 it is
 refuted. (Of a conjunction that was split, in units of its first constraint.) Of a box that was split it is the least
@@ -79,7 +78,7 @@ from netassay.numerics.bounds import backward, interval, rounding
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.linear import operations, weights
 from netassay.numerics.bounds.regions import Box
-from netassay.numerics.branch_and_bound import activations, inputs
+from netassay.numerics.branch_and_bound import activations, inputs, nonlinear
 from netassay.vnnlib import Case, Conjunction
 
 if TYPE_CHECKING:
@@ -550,14 +549,13 @@ def _searched(graph: Graph, items: Sequence[_Item]) -> None:
     open_ = [item for item in items if item.verdict == "unknown" and item.params.budget]
     few = math.prod(graph.input_shape) <= INPUTS
     curved = any(isinstance(operation, Activation | Product) for operation in operations(graph))
-    if not open_ or (curved and not few):
-        return
+    search = activations.search if not curved else nonlinear.search
     stack = inputs.layers(graph, torch.float64) if few else None
     for item in open_:
         for piece in _pieces([item]):
             if item.verdict != "unknown" or item.spent >= item.params.budget:
                 break
-            _search(graph, stack, item, piece, few)
+            _search(graph, stack, item, piece, None if few else search)
         if item.verdict == "unknown" and all(pair.margin > 0 for pair in item.pairs):
             item.verdict, item.by, item.arithmetic = "unsat", "splitting", "real"
 
@@ -566,8 +564,14 @@ def _searched(graph: Graph, items: Sequence[_Item]) -> None:
 _COST = 50
 
 
-def _search(graph: Graph, stack: Sequence[inputs.Layer] | None, item: _Item, piece: _Piece, few: bool) -> None:
-    """Split one box: its inputs where they are few, else its ReLUs."""
+def _search(
+    graph: Graph,
+    stack: Sequence[inputs.Layer] | None,
+    item: _Item,
+    piece: _Piece,
+    by_neurons: Callable[..., inputs.Answer] | None,
+) -> None:
+    """Split one box: its inputs, or what its neurons do, where a search for that is given."""
     lower, upper = _representable(graph, piece.pairs[0].case)
 
     def judge(point: Tensor, conjunction: int) -> bool:
@@ -582,11 +586,11 @@ def _search(graph: Graph, stack: Sequence[inputs.Layer] | None, item: _Item, pie
         piece.lower[0].flatten(), piece.upper[0].flatten(), rows, piece.bound, torch.tensor(piece.owners)
     )
     budget = item.params.budget - item.spent
-    if few:
+    if by_neurons is None:
         answer = inputs.search(graph, stack, query, judge, budget, _seed(piece.pairs[0]))
     else:
-        answer = activations.search(graph, query, judge, max(1, budget // _COST))
-    item.spent += answer.parts * (1 if few else _COST)
+        answer = by_neurons(graph, query, judge, max(1, budget // _COST))
+    item.spent += answer.parts * (1 if by_neurons is None else _COST)
     units = torch.stack([piece.unit[piece.owners.index(number)] for number in range(len(piece.pairs))])
     item.nodes, item.left = item.nodes + answer.parts, item.left + answer.open
     item.trace = [(parts, bound / float(units[0])) for parts, bound in answer.trace]
