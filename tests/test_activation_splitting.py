@@ -176,16 +176,16 @@ def errors(seed: int, budget: int = 150) -> tuple[list[str], int, int]:
     return wrong, decided, 3
 
 
-@pytest.mark.parametrize("first", [8, activations.AT_FIRST])
+@pytest.mark.parametrize("first", [pytest.param(8, marks=pytest.mark.slow), activations.AT_FIRST])
 def test_what_is_attained_is_never_refuted_and_margins_are_bounds(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "AT_FIRST", first)  # after so many parts hidden values are bounded anew
-    found = [errors(seed, 30) for seed in range(2, 15, 3)]
+    found = [errors(seed, 30) for seed in ((2, 5) if first == 8 else range(4))]
     assert [what for wrong, *_ in found for what in wrong] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_of_hundreds_of_networks_nothing_attained_is_refuted() -> None:
+def test_of_many_networks_nothing_attained_is_refuted() -> None:
     found = [errors(seed, 200) for seed in range(100, 160)]
     assert [what for wrong, *_ in found for what in wrong] == []
     of_two = [decided for _, decided, _ in found]
@@ -233,16 +233,20 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", BUGS)
+#: Noticed only where nodes are bounded anew, which takes long.
+OF_NODES = ("multipliers of nodes of the wrong sign", "the other half of a node")
+
+
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug in OF_NODES)) for bug in BUGS])
 def test_a_planted_bug_is_noticed(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, *BUGS[bug])
     monkeypatch.setattr(activations, "AT_FIRST", 8)
-    assert any(_fails(seed) for seed in range(2, 15, 3)), "no check failed that passes without the bug"
+    assert any(_fails(seed) for seed in (2, 5)), "no check failed that passes without the bug"
 
 
 def _fails(seed: int) -> bool:
     try:
         test_a_part_without_a_neuron_to_split_is_not_lost()
-        return bool(errors(seed, 60)[0])
+        return bool(errors(seed, 30)[0])
     except (AssertionError, KeyError):
         return True
