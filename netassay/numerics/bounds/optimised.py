@@ -46,12 +46,12 @@ def lower(
     steps: int = STEPS,
     rate: float = RATE,
     block: int = backward.BLOCK,
-    search: torch.dtype = torch.float32,
+    search: torch.dtype | None = None,
     flat: bool = False,
 ) -> Lower:
     """As `backward.lower`, with optimised slopes. refined: those of the inputs of ReLUs are optimised too, which costs
-    as much as their number is larger than that of the rows. search: the precision that Adam runs in. Steps in float32
-    may turn another way in another block; in float64 bounds agree for any.
+    as much as their number is larger than that of the rows. search: the precision of Adam, float32 unless told. Steps
+    in float32 may turn another way in another block; in float64 bounds agree for any.
     """
     parts = []
     for which in (slice(start, start + block) for start in range(0, len(region), block)):
@@ -64,7 +64,7 @@ def lower(
 
 
 def _lower(
-    graph: Graph, region: Region, rows: Tensor, block: Block, steps: int, rate: float, search: torch.dtype
+    graph: Graph, region: Region, rows: Tensor, block: Block, steps: int, rate: float, search: torch.dtype | None
 ) -> Lower:
     shaped = rows.unflatten(2, graph.output_shape)
     slopes = optimised(graph, region, shaped, graph.output, block.lines, steps, rate, search)

@@ -89,8 +89,6 @@ GAP, LARGER = 0.5, 0.3
 TOGETHER = 2.0**-1000
 #: Points of a batch that are handed to the judge; those that a descent starts at, and its steps.
 _JUDGED, _DESCENTS, _DESCENT = 4, 16, 8
-#: Adam's precision, and that of what is claimed.
-FAST, EXACT = torch.float32, torch.float64
 #: Slopes are kept in bytes.
 _BYTE = 255
 
@@ -113,14 +111,17 @@ class _Problem:
         # What stands for other operations holds on the whole box.
         relus = {relu.target for relu in self.relus}
         others = {target: line for target, line in block.lines.items() if target not in relus}
-        self.others = {dtype: optimised.in_dtype(others, dtype) for dtype in (FAST, EXACT)}
+        self.others = {dtype: optimised.in_dtype(others, dtype) for dtype in (torch.float32, torch.float64)}
         shape = (1, *graph.input_shape)
         box = Box(query.lower.reshape(shape), query.upper.reshape(shape))
         self.box = box
         short = _image(graph, box)
         #: What is walked in each precision, and the region that it ends at.
-        self.graphs = {FAST: graph if short is None else short[0], EXACT: graph}
-        self.region = {FAST: optimised.region_in(box, FAST) if short is None else short[1], EXACT: box}
+        self.graphs = {torch.float32: graph if short is None else short[0], torch.float64: graph}
+        self.region = {
+            torch.float32: optimised.region_in(box, torch.float32) if short is None else short[1],
+            torch.float64: box,
+        }
         count, most = int(query.owners.max()) + 1, int(torch.bincount(query.owners).max())
         # Rows of each conjunction, its first again where it has fewer: (conjunctions, rows).
         places = [(query.owners == number).nonzero()[:, 0] for number in range(count)]
@@ -136,7 +137,7 @@ class _Problem:
     @staticmethod
     def flat(parts: Sequence[Tensor]) -> Tensor:
         """Tensors of one box, one a ReLU, as one: (neurons,)."""
-        return torch.cat([torch.zeros(0, dtype=EXACT), *(part[0].flatten() for part in parts)])
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(part[0].flatten() for part in parts)])
 
     def shaped(self, flat: Tensor) -> dict[str, Tensor]:
         """(..., neurons of the first places) as one tensor a ReLU, of its shape, by target."""
@@ -174,7 +175,7 @@ class _Problem:
         size = (weights[..., None] * self.query.rows[of].abs()).sum(2)
         # The sums over k are rounded themselves, in proportion to what they add up.
         added = size @ self.largest_output + (weights * self.query.bound[of].abs()).sum(2)
-        return 2 * size @ self.lost_output + 4 * rounding.gamma(weights.shape[2] + 8, EXACT) * added
+        return 2 * size @ self.lost_output + 4 * rounding.gamma(weights.shape[2] + 8, torch.float64) * added
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +217,12 @@ def _image(graph: Graph, box: Box) -> tuple[Graph, _Image] | None:
         return None
     if size * box.centre.numel() > IMAGE:
         return None
-    eye = torch.eye(size, dtype=EXACT)[None].unflatten(2, shape)
+    eye = torch.eye(size, dtype=torch.float64)[None].unflatten(2, shape)
     row = backward.walk(graph, eye, at, {})
     lower, upper = (side.flatten() for side in box.box())
     centre, radius = lower / 2 + upper / 2, upper / 2 - lower / 2
     a, free = row.a[0].flatten(1), radius > 0
-    image = _Image((a @ centre + row.d[0]).to(FAST), (a * radius)[:, free].to(FAST))
+    image = _Image((a @ centre + row.d[0]).to(torch.float32), (a * radius)[:, free].to(torch.float32))
     return Graph(steps[count:], at, graph.output, shape, graph.output_shape), image
 
 
@@ -297,7 +298,7 @@ def _bytes(slopes: Tensor) -> Tensor:
 
 
 def _floats(slopes: Tensor) -> Tensor:
-    return slopes.to(FAST) / _BYTE
+    return slopes.to(torch.float32) / _BYTE
 
 
 def _ascended(
@@ -356,8 +357,11 @@ def _refresh(problem: _Problem, nodes: Sequence[_Node], steps: int, products: fl
                 node.warm.pop(place, None)
             continue
         left -= cost
-        lines = {dtype: problem.lines(*(x[:, : layer.start].to(dtype) for x in (low, up))) for dtype in (FAST, EXACT)}
-        slopes = _warm(problem, nodes, place, neurons, lines[FAST])
+        lines = {
+            dtype: problem.lines(*(x[:, : layer.start].to(dtype) for x in (low, up)))
+            for dtype in (torch.float32, torch.float64)
+        }
+        slopes = _warm(problem, nodes, place, neurons, lines[torch.float32])
         least, slopes = _hidden(problem, place, neurons, state, lines, slopes, steps)
         below, above = least.unflatten(1, (2, -1)).unbind(1)
         at = layer.start + neurons
@@ -414,11 +418,11 @@ def _hidden(
             beta.clamp_(min=0).mul_(side != 0)
 
         beta = torch.zeros(count, 2 * len(some), len(split))
-        alpha, beta = (leaf.to(EXACT) for leaf in _ascended(bound, [start, beta], project, steps))
+        alpha, beta = (leaf.to(torch.float64) for leaf in _ascended(bound, [start, beta], project, steps))
         lost = 2 * problem.lost[problem.start(place) + wanted].repeat(2) + 2 * beta @ problem.lost[split]
         value = bound(alpha, beta) - lost
         least.append(torch.where(torch.isfinite(value), value, -torch.inf).unflatten(1, (2, -1)))
-        best.append(alpha.to(FAST).unflatten(1, (2, -1)))
+        best.append(alpha.to(torch.float32).unflatten(1, (2, -1)))
     return torch.cat(least, 2).flatten(1), torch.cat(best, 2)
 
 
@@ -474,7 +478,7 @@ def _settle(problem: _Problem, nodes: Sequence[_Node], steps: int, answer: Answe
     """
     low, up, state = _stacked(nodes)
     conjunction = torch.cat([node.open for node in nodes]).unique()
-    lines = {dtype: problem.lines(low.to(dtype), up.to(dtype)) for dtype in (FAST, EXACT)}
+    lines = {dtype: problem.lines(low.to(dtype), up.to(dtype)) for dtype in (torch.float32, torch.float64)}
     # A conjunction that is closed in one part and open in another starts there as that part's first.
     found = [torch.searchsorted(node.open, conjunction).clamp(max=len(node.open) - 1) for node in nodes]
     alpha = torch.stack([_floats(node.slopes[at]) for node, at in zip(nodes, found, strict=True)])
@@ -500,8 +504,8 @@ def _settle(problem: _Problem, nodes: Sequence[_Node], steps: int, answer: Answe
 
     several = problem.places.shape[1] > 1
     best = _ascended(bound, [alpha, beta, weights] if several else [alpha, beta], project, steps, boldness)
-    alpha, beta, weights = (leaf.to(EXACT) for leaf in (best if several else [*best, weights]))
-    value, a = _bounds(problem, lines[EXACT], conjunction, alpha, (split, -beta * side), weights)
+    alpha, beta, weights = (leaf.to(torch.float64) for leaf in (best if several else [*best, weights]))
+    value, a = _bounds(problem, lines[torch.float64], conjunction, alpha, (split, -beta * side), weights)
     value -= problem.rows_lost(conjunction, weights) + 2 * beta @ problem.lost[split]
     # sum_k w_k (c_k.f - b_k) is at most sum_k w_k times the largest of these, and the weights are rounded.
     value = torch.where(value < 0, value / weights.sum(2).clamp(max=1) * (1 + 1e-12), value * (1 - 1e-12))
@@ -515,10 +519,13 @@ def _settle(problem: _Problem, nodes: Sequence[_Node], steps: int, answer: Answe
         answer.margins.scatter_reduce_(0, node.open[refuted], now[refuted], "amin")
         left = mine.nonzero()[:, 0][~refuted]
         node.open, node.bound = node.open[~refuted], now[~refuted]
-        node.slopes, node.beta = _bytes(alpha[number, left]), beta[number, left][:, side[number, 0] != 0].to(FAST)
-        node.weights = weights[number, left].to(FAST)
+        node.slopes, node.beta = (
+            _bytes(alpha[number, left]),
+            beta[number, left][:, side[number, 0] != 0].to(torch.float32),
+        )
+        node.weights = weights[number, left].to(torch.float32)
         corner = torch.where(a[number, left] > 0, lower, upper)
-        points.append(torch.cat([corner, node.open[:, None].to(EXACT)], 1))
+        points.append(torch.cat([corner, node.open[:, None].to(torch.float64)], 1))
     return torch.cat(points)
 
 
@@ -529,7 +536,7 @@ def _costs(problem: _Problem, node: _Node) -> tuple[Tensor, Tensor]:
     """What relaxing each neuron costs the bounds of the open conjunctions, and how fast they fall at its upper line
     with what it does to the bounds of hidden values: (neurons,) each, summed over the conjunctions.
     """
-    low, up = (end.to(FAST)[None] for end in (node.low, node.up))
+    low, up = (end.to(torch.float32)[None] for end in (node.low, node.up))
     alpha = _floats(node.slopes)
     split = node.state.nonzero()[:, 0]
     multipliers = split, (-node.beta * node.state[split])[None]
@@ -538,7 +545,7 @@ def _costs(problem: _Problem, node: _Node) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         # Of each neuron's upper line, the share of its height that is taken away.
         share = torch.zeros(problem.neurons, requires_grad=True)
-        lines = dict(problem.others[FAST])
+        lines = dict(problem.others[torch.float32])
         for place, relu in enumerate(problem.relus):
             layer = slice(problem.start(place), problem.ends[place])
             below, above = low[:, layer], up[:, layer]
@@ -591,7 +598,7 @@ def _tentative(problem: _Problem, node: _Node, neurons: Tensor) -> Tensor:
     (neurons, 2, conjunctions).
     """
     count = len(neurons)
-    low, up = (end.to(FAST).repeat(2 * count, 1) for end in (node.low, node.up))
+    low, up = (end.to(torch.float32).repeat(2 * count, 1) for end in (node.low, node.up))
     on, off = torch.arange(count), torch.arange(count, 2 * count)
     low[on, neurons], up[off, neurons] = 0.0, 0.0
     earliest = int(neurons.amin())
@@ -643,16 +650,16 @@ class _Search:
         graph, block = pruning.smaller(graph, box, block)
         self.problem, self.judge, self.budget = _Problem(graph, query, block), judge, budget
         count = int(query.owners.max()) + 1
-        self.answer = Answer(torch.full((count,), torch.inf, dtype=EXACT))
+        self.answer = Answer(torch.full((count,), torch.inf, dtype=torch.float64))
         problem, most = self.problem, self.problem.places.shape[1]
         low, up = (
             problem.flat([getattr(block.values[relu.source], end) for relu in problem.relus])
             for end in ("lower", "upper")
         )
-        adaptive = (up > -low).to(FAST).expand(count, -1)
+        adaptive = (up > -low).to(torch.float32).expand(count, -1)
         self.root = _Node(
             low, up, torch.zeros(problem.neurons, dtype=torch.int8), torch.arange(count),
-            torch.full((count,), -torch.inf, dtype=EXACT), _bytes(adaptive), torch.zeros(count, 0),
+            torch.full((count,), -torch.inf, dtype=torch.float64), _bytes(adaptive), torch.zeros(count, 0),
             torch.full((count, most), 1 / most), {},
         )  # fmt: skip
         self.heap: list[tuple[float, int, _Node]] = []
@@ -697,7 +704,7 @@ class _Search:
         _refresh(problem, nodes, steps, len(nodes) * products)
         for node in nodes:
             if node.empty:
-                together = torch.full((len(node.open),), TOGETHER, dtype=EXACT)
+                together = torch.full((len(node.open),), TOGETHER, dtype=torch.float64)
                 answer.margins.scatter_reduce_(0, node.open, together, "amin")
         nodes = [node for node in nodes if not node.empty]
         if not nodes:
@@ -726,16 +733,16 @@ class _Search:
         point, the one that it is to meet.
         """
         problem = self.problem
-        lower, upper = (side.flatten().to(FAST) for side in problem.box.box())
+        lower, upper = (side.flatten().to(torch.float32) for side in problem.box.box())
         of = problem.places[conjunction]
-        c, b = problem.query.rows.to(FAST)[of], problem.query.bound.to(FAST)[of]
+        c, b = problem.query.rows.to(torch.float32)[of], problem.query.bound.to(torch.float32)[of]
 
         def violation(points: Tensor) -> Tensor:
             shaped = points.reshape(-1, *problem.graph.input_shape)
             outputs = evaluate.forward(problem.graph, shaped).flatten(1)
             return ((c @ outputs[:, :, None])[:, :, 0] - b).amax(1)
 
-        points = corners.to(FAST)
+        points = corners.to(torch.float32)
         if not len(points):
             return False
         found = violation(points)

@@ -66,8 +66,6 @@ from netassay.numerics.branch_and_bound.pool import Pool
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Adam's precision, and that of what is claimed.
-FAST, EXACT = torch.float32, torch.float64
 #: Adam: rates of what chooses lines, of beta and of w, and by what they shrink a step.
 RATE, MULTIPLIERS, SHRINK = 0.05, 0.1, 0.93
 #: Of a function, slopes of the lines between which means are taken, from the best one (0) to the least (-1) and the
@@ -160,7 +158,7 @@ class _Problem:
         self.box = Box(query.lower.reshape(shape), query.upper.reshape(shape))
         self.root = block or backward.relaxed(graph, self.box, refine=_refiner(graph, self.box))
         self.whole = interval.propagate(graph, self.box)
-        self.weights = weights(graph, EXACT)
+        self.weights = weights(graph, torch.float64)
         self.steps = [op for op in operations(graph) if isinstance(op, Relu | Activation | Product)]
         ends = torch.tensor([0, *(math.prod(op.shape) for op in self.steps)]).cumsum(0).tolist()
         self.places = list(itertools.pairwise(ends))
@@ -277,7 +275,7 @@ class _Parts:
         self.problem, self.conjunction, self.low, self.up, self.sides = problem, conjunction, low, up, sides
         self.values = problem.values(low, up)
         self.box = problem.region(low, up)
-        self.region = {dtype: optimised.region_in(self.box, dtype) for dtype in (FAST, EXACT)}
+        self.region = {dtype: optimised.region_in(self.box, dtype) for dtype in (torch.float32, torch.float64)}
         self.tables: dict[str, _Table] = {}
         self.relus: dict[str, Lines] = {}
         self.planes: dict[str, tuple[Planes, Planes]] = {}
@@ -286,13 +284,17 @@ class _Parts:
             match op:
                 case Relu():
                     of = Lines.of(x)
-                    self.relus[op.target] = Lines(of.alpha.to(FAST), of.slope.to(FAST), of.intercept.to(FAST))
+                    self.relus[op.target] = Lines(
+                        of.alpha.to(torch.float32), of.slope.to(torch.float32), of.intercept.to(torch.float32)
+                    )
                 case Activation():
                     table = problem.table(op, x)
                     (a, b), (c, d) = table.lower, table.upper
-                    self.tables[op.target] = _Table((a.to(FAST), b.to(FAST)), (c.to(FAST), d.to(FAST)))
+                    self.tables[op.target] = _Table(
+                        (a.to(torch.float32), b.to(torch.float32)), (c.to(torch.float32), d.to(torch.float32))
+                    )
                 case Product():
-                    self.planes[op.target] = self._plane(op, 0.0, FAST), self._plane(op, 1.0, FAST)
+                    self.planes[op.target] = self._plane(op, 0.0, torch.float32), self._plane(op, 1.0, torch.float32)
 
     def _plane(self, op: Product, t: Tensor | float, dtype: torch.dtype, s: Tensor | float | None = None) -> Planes:
         x, y = self.values[op.source], self.values[op.other]
@@ -347,7 +349,7 @@ class _Parts:
                     limit = torch.where(torch.isfinite(steepest), steepest, 0.0)
                     table = self.tables[op.target]
                     slopes = [
-                        torch.maximum(torch.minimum(_mean(of, share.to(FAST))[0].double(), limit), -limit)
+                        torch.maximum(torch.minimum(_mean(of, share.to(torch.float32))[0].double(), limit), -limit)
                         for of, share in ((table.lower, t), (table.upper, s))
                     ]
                     proven = relaxations.lines_with_slopes(op.function, op.parameters, x.lower, x.upper, *slopes)
@@ -355,7 +357,7 @@ class _Parts:
                         proven.lower_slope, proven.upper_slope, proven.upper_intercept, proven.lower_intercept
                     )
                 case Product():
-                    found[op.target] = self._plane(op, t, EXACT, s)
+                    found[op.target] = self._plane(op, t, torch.float64, s)
         return found
 
     def ends(self, beta: Tensor) -> Tensor:
@@ -383,7 +385,7 @@ class _Parts:
         beta, w = beta.double(), w.double()
         value, _ = self.bound(self.proven_lines(choice), beta, w)
         lost = self.problem.rows_lost(self.conjunction, w) + 2 * beta.abs() @ self.problem.lost
-        lost += 2 * rounding.gamma(self.problem.neurons + 16, EXACT) * (beta * self.ends(beta)).abs().sum(1)
+        lost += 2 * rounding.gamma(self.problem.neurons + 16, torch.float64) * (beta * self.ends(beta)).abs().sum(1)
         return torch.where(torch.isfinite(value - lost), value - lost, -torch.inf)
 
 
@@ -478,7 +480,7 @@ def _refreshed(problem: _Problem, low: Tensor, up: Tensor, after: int) -> tuple[
             if site.start > after and lines and 2 * x.lower.numel() * widest <= REFRESHED:
                 every = torch.ones_like(x.lower, dtype=torch.bool)
                 slack = problem.root.rounding[target].expand_as(x.lower)
-                for which, rows in backward.unit_rows(problem.graph, target, every, len(low), EXACT):
+                for which, rows in backward.unit_rows(problem.graph, target, every, len(low), torch.float64):
                     row = backward.walk(problem.graph, rows, target, lines)
                     x = backward.cut(x, which, row.d + region.minimum(row.a.flatten(2)), slack, every)
             crossed = x.lower > x.upper
@@ -511,14 +513,14 @@ class _Shortcuts:
     @classmethod
     def of(cls, problem: _Problem) -> _Shortcuts:
         graph, parts = problem.graph, []
-        lines = optimised.in_dtype(problem.root.lines, FAST)
+        lines = optimised.in_dtype(problem.root.lines, torch.float32)
         for name, site in problem.sites.items():
             if name == graph.input:
                 one = torch.eye(site.end - site.start)
                 parts.append((one, torch.zeros(len(one)), one, torch.zeros(len(one))))
                 continue
             every = torch.ones(1, *graph.shape_of(name), dtype=torch.bool)
-            for _, rows in backward.unit_rows(graph, name, every, 1, FAST):
+            for _, rows in backward.unit_rows(graph, name, every, 1, torch.float32):
                 row = backward.walk(graph, rows, name, lines)
                 (below, above), (d, e) = row.a[0].flatten(1).chunk(2), row.d[0].chunk(2)
                 parts.append((below, d, -above, -e))
@@ -600,7 +602,7 @@ class _Splitter:
     def _gaps(self, parts: _Parts, best: _Climbed, lines: Mapping[str, Relaxation], point: Tensor) -> Tensor:
         """What the lines of a neuron's readers cost the bound at the point, at most: (parts, neurons)."""
         problem = self.problem
-        at, coefficients = problem.shaped(point.to(FAST)), problem.chosen(best.coefficients)
+        at, coefficients = problem.shaped(point.to(torch.float32)), problem.chosen(best.coefficients)
         cost = {name: torch.zeros_like(value) for name, value in at.items()}
         for op in problem.steps:
             line, a, given = lines[op.target], coefficients[op.target], [at[name] for name in op.sources]
@@ -637,7 +639,9 @@ class _Splitter:
                 a = best.coefficients[i, first + place]
                 new = self._changes(parts, op, role, lines[op.target], i, place, start[i, j], end[i, j], a)
                 constant[i, j] += new.constant
-                inside[i, j] += new.constant + torch.minimum(new.change * start[i, j], new.change * end[i, j]).to(FAST)
+                inside[i, j] += new.constant + torch.minimum(new.change * start[i, j], new.change * end[i, j]).to(
+                    torch.float32
+                )
                 own[i, j] += new.change
                 size[i, j] += new.size
                 if new.other is not None:
@@ -646,10 +650,10 @@ class _Splitter:
                     linear[i, j] += moved
                     constant[i, j] += fixed
                     inside[i, j] += torch.minimum(change * ends[0], change * ends[1])
-        region, value = parts.region[FAST], best.bound[:, None, None]
+        region, value = parts.region[torch.float32], best.bound[:, None, None]
         d = (best.bound - region.minimum(best.corner[:, None])[:, 0])[:, None, None]
         found = value + inside
-        side, at = torch.tensor([1.0, -1.0]), point.to(FAST)[:, :, None]
+        side, at = torch.tensor([1.0, -1.0]), point.to(torch.float32)[:, :, None]
         for share in SHARES:
             beta = share * size * side
             moved, fixed = known.least(neuron[:, :, None], own + beta)
@@ -675,7 +679,7 @@ class _Splitter:
             else:
                 assert isinstance(op, Activation)
                 new = _smallest(op, start, end)
-            alpha, below, slope, intercept = (v.to(FAST) for v in new)
+            alpha, below, slope, intercept = (v.to(torch.float32) for v in new)
             before = torch.zeros(len(a), 1) if line.below is None else old(line.below)
             size = positive * alpha + negative * slope
             change = size - positive * old(line.alpha) - negative * old(line.slope)
@@ -687,7 +691,7 @@ class _Splitter:
         theirs = (start, end) if square else tuple(v[i, other][:, None].expand_as(start) for v in (parts.low, parts.up))
         p = relaxations.mccormick(start, end, *theirs)
         new_below, new_above = (
-            [v.to(FAST) for v in side]
+            [v.to(torch.float32) for v in side]
             for side in ((p.lower_x, p.lower_y, p.lower_constant), (p.upper_x, p.upper_y, p.upper_constant))
         )
         mine, yours = (role, 1 - role) if not square else (0, 1)
@@ -698,7 +702,7 @@ class _Splitter:
         ]
         if square:
             return _Change(changes[2], changes[0] + changes[1], (sizes[0] + sizes[1]).abs(), None)
-        ends = theirs[0].to(FAST), theirs[1].to(FAST)
+        ends = theirs[0].to(torch.float32), theirs[1].to(torch.float32)
         return _Change(changes[2], changes[0], sizes[0].abs(), (other, changes[1], ends))
 
 
@@ -720,7 +724,7 @@ class _Search:
     ) -> None:  # fmt: skip
         self.problem = _Problem(graph, query, block)
         self.judge, self.budget, self.options = judge, budget, options
-        self.answer = Answer(torch.full((len(self.problem.of),), torch.inf, dtype=EXACT))
+        self.answer = Answer(torch.full((len(self.problem.of),), torch.inf, dtype=torch.float64))
         self.pool, self.splitter = Pool(), _Splitter(self.problem, options)
         inputs = math.prod(graph.input_shape)
         wide = 2 * (len(FRACTIONS) * self.problem.numbers + inputs)
@@ -745,7 +749,7 @@ class _Search:
                 "sides": torch.zeros(count, problem.neurons, dtype=torch.int8),
                 "beta": torch.zeros(count, problem.neurons),
                 "weights": torch.full((count, most), 1 / most),
-                "bound": torch.full((count,), -torch.inf, dtype=EXACT),
+                "bound": torch.full((count,), -torch.inf, dtype=torch.float64),
                 "depth": torch.zeros(count, dtype=torch.int64),
             }
             if self._bounded(start):
@@ -823,7 +827,7 @@ class _Search:
         halves["low"], halves["up"], empty = _refreshed(problem, halves["low"], halves["up"], int(neuron.amin()))
         if bool(empty.any()):
             self.answer.parts += int(empty.sum())
-            none = torch.full((int(empty.sum()),), EMPTY, dtype=EXACT)
+            none = torch.full((int(empty.sum()),), EMPTY, dtype=torch.float64)
             self.answer.margins.scatter_reduce_(0, halves["conjunction"][empty], none, "amin")
             halves = {name: value[~empty] for name, value in halves.items()}
         return halves
@@ -833,9 +837,9 @@ class _Search:
         which, problem = open_.nonzero()[:, 0], self.problem
         if not len(which):
             return False
-        lower, upper = (side.expand(len(open_), *side.shape[1:])[which] for side in parts.region[FAST].box())
+        lower, upper = (side.expand(len(open_), *side.shape[1:])[which] for side in parts.region[torch.float32].box())
         of = problem.of[parts.conjunction[which]]
-        c, b = problem.query.rows.to(FAST)[of], problem.query.bound.to(FAST)[of]
+        c, b = problem.query.rows.to(torch.float32)[of], problem.query.bound.to(torch.float32)[of]
         x = torch.where(best.corner[which].reshape(lower.shape) > 0, lower, upper)
         points, least = x, torch.full((len(which),), torch.inf)
         for step in range(DESCENT + 1):
