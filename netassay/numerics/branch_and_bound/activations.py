@@ -88,7 +88,7 @@ GAP, LARGER = 0.5, 0.3
 #: The margin of a part that nothing is left of: barely positive.
 TOGETHER = 2.0**-1000
 #: Points of a batch that are handed to the judge; those that a descent starts at, and its steps.
-_JUDGED, _DESCENTS, _DESCENT = 4, 16, 8
+_JUDGED, _DESCENTS, _DESCENT = 4, 16, 20
 #: Slopes are kept in bytes.
 _BYTE = 255
 
@@ -753,7 +753,7 @@ class _Search:
             with torch.enable_grad():
                 points.requires_grad_()
                 (gradient,) = torch.autograd.grad(violation(points).sum(), points)
-            length = (upper - lower) * 0.5 ** (step + 2)
+            length = (upper - lower) * 0.25 * 0.8**step
             points = torch.clamp(points.detach() - length * gradient.sign(), lower, upper)
             now = violation(points)
             best, found = torch.where((now < found)[:, None], points, best), torch.minimum(now, found)
