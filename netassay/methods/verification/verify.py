@@ -38,9 +38,10 @@ margins agree to 1e-9 relative to the largest intermediate value of the network 
 
 Cost: for each box ibp one product with |W| a layer, and crown O(sum over layers of n^3) for width n; for each pair the
 attack, samples + 2 steps restarts evaluations. A part of a split box costs some 35 us for a network of 5-50x6-5, so
-that the usual budget is used up within the minute that a job has where nobody says otherwise; of larger networks a part
-costs more, and a job needs a time limit of its own. A file is read as a graph, and the graph held to onnxruntime on a
-few random inputs (`netassay.networks.agreement`), before anything is computed with it.
+that the usual budget is used up within the minute that a job has where nobody says otherwise. What splits activations
+is charged by its products: the usual budget is some 100 s of these, for which a job needs a limit of time. Jobs with a
+larger budget are computed alone. A file is read as a graph, and the graph held to onnxruntime on a few random inputs
+(`netassay.networks.agreement`), before anything is computed with it.
 
 Reference: Bak, Liu, Johnson. The second international verification of neural networks competition (VNN-COMP 2021):
 summary and results. 2021.
@@ -105,7 +106,7 @@ class Params(Contract):
     steps: Annotated[Index, Field(le=10_000)] = 30
     """gradient steps of each start"""
     budget: Annotated[Index, Field(le=1_000_000_000)] = 1_000_000
-    """parts of its boxes that may be bounded in branch and bound, one of activations counting as 50; 0: no splitting"""
+    """parts of its boxes that may be bounded in branch and bound, counted in those of a small network; 0: none"""
     seed: Seed = 0
 
 
@@ -150,9 +151,10 @@ NEEDS = Needs(seconds=0.2, memory=2**30, libraries=("numpy", "torch", "onnx", "o
 def needs(params: Params) -> Needs:
     """The default attack is about half of the measured seconds; a longer one comes on top."""
     usual = {name: about.default for name, about in Params.model_fields.items()}
+    group = NEEDS.group if params.budget <= usual["budget"] else 1
     evaluations = params.samples + 2 * params.steps * params.restarts
     share = evaluations / (usual["samples"] + 2 * usual["steps"] * usual["restarts"])
-    return replace(NEEDS, seconds=NEEDS.seconds * max(1.0, (1 + share) / 2))
+    return replace(NEEDS, seconds=NEEDS.seconds * max(1.0, (1 + share) / 2), group=group)
 
 
 def _example_property(petal: float) -> dict[str, str]:
@@ -560,8 +562,9 @@ def _searched(graph: Graph, items: Sequence[_Item]) -> None:
             item.verdict, item.by, item.arithmetic = "unsat", "splitting", "real"
 
 
-#: Parts of input splitting (5-50x6-5) that take as long as one of activation splitting (784-256x4-10).
-_COST = 50
+#: What one part of input splitting stands for: products of the bounds of hidden values where activations are split (20
+#: ps each, so that the usual budget is some 100 s), and the share of a part of other networks (30 ms each).
+_PRODUCTS, _COST = 5e6, 1000
 
 
 def _search(
@@ -589,8 +592,9 @@ def _search(
     if by_neurons is None:
         answer = inputs.search(graph, stack, query, judge, budget, _seed(piece.pairs[0]))
     else:
-        answer = by_neurons(graph, query, judge, max(1, budget // _COST))
-    item.spent += answer.parts * (1 if by_neurons is None else _COST)
+        by_products = {"products": budget * _PRODUCTS} if by_neurons is activations.search else {}
+        answer = by_neurons(graph, query, judge, budget if by_products else max(1, budget // _COST), **by_products)
+    item.spent += int(answer.products / _PRODUCTS) or answer.parts * (1 if by_neurons is None else _COST)
     units = torch.stack([piece.unit[piece.owners.index(number)] for number in range(len(piece.pairs))])
     item.nodes, item.left = item.nodes + answer.parts, item.left + answer.open
     item.trace = [(parts, bound / float(units[0])) for parts, bound in answer.trace]

@@ -343,8 +343,8 @@ def _unstable(low: Tensor, up: Tensor, state: Tensor) -> Tensor:
     return (low < 0) & (up > 0) & (state == 0)
 
 
-def _refresh(problem: _Problem, nodes: Sequence[_Node], steps: int, products: float) -> None:
-    """Bound the hidden values of parts anew, layer by layer, in place."""
+def _refresh(problem: _Problem, nodes: Sequence[_Node], steps: int, products: float) -> float:
+    """Bound the hidden values of parts anew, layer by layer, in place. Returns the products that it took."""
     low, up, state = _stacked(nodes)
     left = products
     for place in range(len(problem.relus)):
@@ -376,6 +376,7 @@ def _refresh(problem: _Problem, nodes: Sequence[_Node], steps: int, products: fl
             node.warm[place] = neurons[mine], _bytes(slopes[number][:, mine])
     for number, node in enumerate(nodes):
         node.low, node.up = low[number], up[number]
+    return products - left
 
 
 def _warm(
@@ -624,22 +625,30 @@ def _tentative(problem: _Problem, node: _Node, neurons: Tensor) -> Tensor:
 
 
 def search(
-    graph: Graph, query: Query, judge: Callable[[Tensor, int], bool], budget: int, block: Block | None = None
+    graph: Graph,
+    query: Query,
+    judge: Callable[[Tensor, int], bool],
+    budget: int,
+    block: Block | None = None,
+    products: float = math.inf,
 ) -> Answer:
-    """Split until all conjunctions are refuted, a point is accepted, or `budget` parts were bounded.
+    """Split until all conjunctions are refuted, a point is accepted, or `budget` parts were bounded, or the bounds of
+    hidden values took that many `products`.
 
     judge(point, conjunction): whether a point of the box, (inputs,), float64, is unsafe; it is asked about points at
     which a float32 evaluation meets the conjunction, a few of each batch. block: what is known of the whole box, one
     box, float64; else its hidden values are bounded here. The same arguments give the same answer.
     """
     with torch.no_grad():
-        return _Search(graph, query, judge, budget, block).run()
+        return _Search(graph, query, judge, budget, block, products).run()
 
 
 class _Search:
     def __init__(
-        self, graph: Graph, query: Query, judge: Callable[[Tensor, int], bool], budget: int, block: Block | None
-    ) -> None:
+        self, graph: Graph, query: Query, judge: Callable[[Tensor, int], bool], budget: int, block: Block | None,
+        products: float,
+    ) -> None:  # fmt: skip
+        self.products = products
         shape = (1, *graph.input_shape)
         box = Box(query.lower.reshape(shape), query.upper.reshape(shape))
         if block is None:
@@ -669,7 +678,7 @@ class _Search:
     def run(self) -> Answer:
         answer, due = self.answer, 1
         self._bounded([self.root], FIRST_STEPS, FIRST_PRODUCTS)
-        while self.heap and answer.parts < self.budget and not answer.found:
+        while self.heap and answer.parts < self.budget and answer.products < self.products and not answer.found:
             if answer.parts >= due:
                 answer.trace.append((answer.parts, min(float(answer.margins.amin()), self.heap[0][0])))
                 due = 2 * answer.parts
@@ -701,7 +710,7 @@ class _Search:
         problem, answer = self.problem, self.answer
         answer.parts += len(nodes)
         answer.deepest = max(answer.deepest, *(node.depth for node in nodes), 0)
-        _refresh(problem, nodes, steps, len(nodes) * products)
+        answer.products += _refresh(problem, nodes, steps, len(nodes) * products)
         for node in nodes:
             if node.empty:
                 together = torch.full((len(node.open),), TOGETHER, dtype=torch.float64)

@@ -143,7 +143,8 @@ class Answer:
     these; above 0 where it is refuted in every part. Up to 0 that is a bound for the whole box; above 0 it is none, for
     of what clipping cut off no more is known than that it is above 0. parts: how many were bounded. open: how many were
     left when the budget ended. deepest: the largest number of splits above a part. found: whether `judge` accepted a
-    point. trace: (parts, the least margin then), at doubling numbers of parts.
+    point. products: that bounds of hidden values took, where they are counted (`activations`). trace: (parts, the least
+    margin then), at doubling numbers of parts.
     """
 
     margins: Tensor
@@ -151,6 +152,7 @@ class Answer:
     open: int = 0
     deepest: int = 0
     found: bool = False
+    products: float = 0.0
     trace: list[tuple[int, float]] = field(default_factory=list)
 
 
