@@ -84,8 +84,8 @@ BAD = {
         ["row 1", "model.pt", "pickle can run code", "torch.onnx.export"],
     ),
     "unsupported operator names its node": (
-        "jobs: {method: verification.certify, params: {network: sine.onnx, index: 0, radius: 0.1}}",
-        ["row 1", "sine.onnx", "Sin", "the_sine_node"],
+        "jobs: {method: verification.certify, params: {network: tangent.onnx, index: 0, radius: 0.1}}",
+        ["row 1", "tangent.onnx", "Tan", "the_tangent_node"],
     ),
     "not YAML": ("jobs: [", ["line"]),
     "no jobs": ("name: empty", ["jobs"]),
@@ -98,19 +98,19 @@ def test_bad_input_is_one_clear_error_and_nothing_is_stored(
 ) -> None:
     (tmp_path / "corrupt.onnx").write_bytes(bytes(range(256)) * 4)
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04" + bytes(100))
-    (tmp_path / "sine.onnx").write_bytes(sine_network())
+    (tmp_path / "tangent.onnx").write_bytes(tangent_network())
     done = cli("submit", sweep(tmp_path, text), code=2)
     assert not [word for word in words if word not in done.stderr], done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / ".netassay").exists()
 
 
-def sine_network() -> bytes:
+def tangent_network() -> bytes:
     from onnx import TensorProto, helper
 
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 64])
-    graph = helper.make_graph([helper.make_node("Sin", ["x"], ["y"], name="the_sine_node")], "g", [x], [y])
+    graph = helper.make_graph([helper.make_node("Tan", ["x"], ["y"], name="the_tangent_node")], "g", [x], [y])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]).SerializeToString()
 
 

@@ -34,7 +34,7 @@ def agrees(graph: Graph, data: bytes, samples: int = 4) -> float:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
-    found: list[float] = []
+    pairs: list[tuple[Any, Any]] = []
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         (given,) = session.get_inputs()
@@ -43,13 +43,14 @@ def agrees(graph: Graph, data: bytes, samples: int = 4) -> float:
         random = np.random.default_rng(0)
         for sample in range(samples):
             x = (random.random(shape) if sample % 2 else random.standard_normal(shape)).astype(kind)
-            found.append(_difference(graph, x, session.run(None, {given.name: x})[0]))
+            pairs.append((x, session.run(None, {given.name: x})[0]))
     except Exception as error:  # onnxruntime's exceptions have no base of their own
         raise InvalidInput(
             "onnxruntime cannot run the network's file",
             str(error).partition("\n")[0],
             "onnx.checker.check_model on the file, or a newer onnxruntime",
         ) from error
+    found = [_difference(graph, x, peer) for x, peer in pairs]
     known = [difference for difference in found if not math.isnan(difference)]
     return max(known) if known else math.nan
 

@@ -583,6 +583,8 @@ def _windows(reader: Reader, sizes: list[int]) -> list[tuple[numpy.ndarray, int,
     kernel = _per_axis(reader, "kernel_shape", [0] * n, n)
     strides, dilations = _per_axis(reader, "strides", [1] * n, n), _per_axis(reader, "dilations", [1] * n, n)
     reach = [(kernel[a] - 1) * dilations[a] + 1 for a in range(n)]
+    if of.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") and max(dilations) > 1:
+        raise reader.refuse("has auto_pad and dilations, which runtimes do not agree on")
     begin, end = _padding(reader, sizes, strides, reach)
     found = []
     for axis, size in enumerate(sizes):
@@ -632,7 +634,8 @@ def _average_pool(reader: Reader) -> Value:
     channels, sizes = _image(reader, value, "pools")
     if len(sizes) > 2:
         raise reader.refuse(f"pools {text(value.shape)}; only 1-d and 2-d are known")
-    counts, begins, ends, kernel, strides, dilations = np.ones(()), [], [], [], [], []
+    counts, begins, ends, kernel = np.ones(()), [], [], []
+    strides, dilations = (_per_axis(reader, name, [1] * len(sizes), len(sizes)) for name in ("strides", "dilations"))
     for (places, begin, end), size in zip(_windows(reader, sizes), sizes, strict=True):
         low, high = (-begin, size + end) if of.get("count_include_pad", 0) else (0, size)
         counts = counts[..., None] * ((places >= low) & (places < high)).sum(axis=1)
@@ -640,8 +643,6 @@ def _average_pool(reader: Reader) -> Value:
         kernel.append(places.shape[1])
         begins.append(begin)
         ends.append(max(0, reach))
-        strides.append(int(places[1, 0] - places[0, 0]) if len(places) > 1 else 1)
-        dilations.append(int(places[0, 1] - places[0, 0]) if places.shape[1] > 1 else 1)
     if (counts == 0).any():
         raise reader.refuse("has windows of nothing but padding")
     out: list[int] = list(counts.shape)
@@ -1074,7 +1075,8 @@ def _resize(reader: Reader) -> Value:
             continue
         at = _coordinates(reader, how, size, out, scale)
         if mode == "nearest":
-            near = _NEAREST[rounding](at).astype(np.int64).clip(0, size - 1)
+            # Before set 11 onnxruntime rounds up where an axis becomes smaller.
+            near = _NEAREST["ceil" if old and scale < 1 else rounding](at).astype(np.int64).clip(0, size - 1)
             value = reader.picked(value, np.take(reader.places(value), near, axis=axis), shape)
         else:
             reader.room(out, size)

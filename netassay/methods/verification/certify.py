@@ -206,6 +206,9 @@ def _outcomes(params: Sequence[Params]) -> list[Result | MethodError]:
     outcomes: list[Any] = [None] * len(params)
     groups: defaultdict[tuple, list[int]] = defaultdict(list)
     graph = networks.load(params[0].network)
+    if not rounding.is_covered(graph):
+        why = "certificates hold for float32 evaluations too, and of its functions other than ReLU none is known"
+        return [NotApplicable("the network cannot be certified here", why)] * len(params)
     try:
         replay.load(params[0].network)
     except InvalidInput as error:

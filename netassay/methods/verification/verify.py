@@ -551,12 +551,16 @@ def _searched(graph: Graph, items: Sequence[_Item]) -> None:
     open_ = [item for item in items if item.verdict == "unknown" and item.params.budget]
     few = math.prod(graph.input_shape) <= INPUTS
     curved = any(isinstance(operation, Activation | Product) for operation in operations(graph))
+    if not open_:
+        return
     search = activations.search if not curved else nonlinear.search
     stack = inputs.layers(graph, torch.float64) if few else None
     for item in open_:
         for piece in _pieces([item]):
             if item.verdict != "unknown" or item.spent >= item.params.budget:
                 break
+            if not few and bool((torch.cat([piece.lower, piece.upper]).abs() > torch.finfo(torch.float32).max).any()):
+                continue  # the search runs in float32
             _search(graph, stack, item, piece, None if few else search)
         if item.verdict == "unknown" and all(pair.margin > 0 for pair in item.pairs):
             item.verdict, item.by, item.arithmetic = "unsat", "splitting", "real"

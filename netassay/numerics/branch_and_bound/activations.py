@@ -62,7 +62,7 @@ from netassay.numerics.bounds.backward import Block, Lines, Relaxation
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.linear import MAPS, operations
 from netassay.numerics.bounds.regions import Box
-from netassay.numerics.branch_and_bound.inputs import Answer, Query
+from netassay.numerics.branch_and_bound.inputs import TOGETHER, Answer, Query
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,8 +85,6 @@ CANDIDATES = 6
 #: What the score of a neuron makes of the gap above its lower line, against the one below its upper line; and what the
 #: choice makes of the larger bound of two halves, against the smaller.
 GAP, LARGER = 0.5, 0.3
-#: The margin of a part that nothing is left of: barely positive.
-TOGETHER = 2.0**-1000
 #: Points of a batch that are handed to the judge; those that a descent starts at, and its steps.
 _JUDGED, _DESCENTS, _DESCENT = 4, 16, 20
 #: Slopes are kept in bytes.
@@ -678,9 +676,13 @@ class _Search:
     def run(self) -> Answer:
         answer, due = self.answer, 1
         self._bounded([self.root], FIRST_STEPS, FIRST_PRODUCTS)
+        floor = torch.full_like(answer.margins, torch.inf)
+        floor[self.root.open] = self.root.bound.clamp(max=0)
         while self.heap and answer.parts < self.budget and answer.products < self.products and not answer.found:
             if answer.parts >= due:
-                answer.trace.append((answer.parts, min(float(answer.margins.amin()), self.heap[0][0])))
+                answer.trace.append(
+                    (answer.parts, min([float(answer.margins.amin()), self.heap[0][0], *(n.least for n in self.stuck)]))
+                )
                 due = 2 * answer.parts
             halves = []
             for parent in self._taken():
@@ -691,6 +693,9 @@ class _Search:
                     halves += [parent.half(neuron, 1), parent.half(neuron, -1)]
             if halves and not answer.found:
                 self._bounded(halves, STEPS, PRODUCTS)
+        if answer.found:
+            # Parts that were under way are counted no more; what was known of the whole box stands.
+            answer.margins = torch.minimum(answer.margins, floor)
         left = [node for *_, node in self.heap] + self.stuck
         answer.open = len(left)
         for node in left:

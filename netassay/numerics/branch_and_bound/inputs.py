@@ -106,6 +106,8 @@ def layers(graph: Graph, dtype: torch.dtype) -> list[Layer] | None:
         size = math.prod(operation.shape)
         if isinstance(operation, Relu):
             found.append(Layer(matrix, bias))
+            if size * size > LARGEST:
+                return None
             matrix, bias, merged = torch.eye(size, dtype=dtype), torch.zeros(size, dtype=dtype), 0
         else:
             apply, w = MAPS[type(operation)].apply, of_graph[operation.target]
@@ -361,7 +363,7 @@ def search(
 
 
 #: The margin of a part in which each row of a conjunction may be met, but not all of them together: barely positive.
-_TOGETHER = 2.0**-1000
+TOGETHER = 2.0**-1000
 #: Points of a batch that are handed to the judge.
 _CANDIDATES = 4
 #: What the computation of a clipped end can lose, relative to the distance it moved and to the size of the input: far
@@ -518,9 +520,7 @@ class _Search:
         open_ = (parts.margins <= 0) & ~empty
         # What is refuted here is not asked again in the parts of this part; where rows leave nothing together, no bound
         # of a single row says so.
-        self._close(
-            torch.where(open_, torch.inf, torch.where(empty, parts.margins.clamp(min=_TOGETHER), parts.margins))
-        )
+        self._close(torch.where(open_, torch.inf, torch.where(empty, parts.margins.clamp(min=TOGETHER), parts.margins)))
         lower = torch.where(open_[:, :, None], lowers, torch.inf).amin(1)
         upper = torch.where(open_[:, :, None], uppers, -torch.inf).amax(1)
         still = open_.any(1)

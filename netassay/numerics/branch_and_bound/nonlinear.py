@@ -60,7 +60,7 @@ from netassay.numerics.bounds.backward import Block, Lines, Planes, Relaxation
 from netassay.numerics.bounds.interval import Interval
 from netassay.numerics.bounds.linear import operations, weights
 from netassay.numerics.bounds.regions import Box
-from netassay.numerics.branch_and_bound.inputs import Answer, Query
+from netassay.numerics.branch_and_bound.inputs import TOGETHER, Answer, Query
 from netassay.numerics.branch_and_bound.pool import Pool
 
 if TYPE_CHECKING:
@@ -81,8 +81,6 @@ CANDIDATES = 64
 NARROWEST = 1e-9
 #: Steps of descent from the points where bounds are least, and points of a batch that are handed to the judge.
 DESCENT, JUDGED = 4, 4
-#: The margin of what nothing is left of: barely positive.
-EMPTY = 2.0**-1000
 #: Multipliers of a split that its estimate tries, as shares of the neuron's coefficient.
 SHARES = (0.0, 0.3, 1.0)
 #: What the better half's estimate adds to the worse one's.
@@ -175,6 +173,7 @@ class _Problem:
         self.neurons = start
         self.lost = self.flat({name: self.root.rounding[name] for name in self.sites})[0]
         self.lost_output = self.root.rounding[graph.output].flatten()
+        self.largest_output = self.root.values[graph.output].magnitude().flatten()
         #: Of each function, by how much a line may rise: `rounding` knows nothing of steeper ones.
         self.steepest = {
             op.target: rounding.steepness(op, self.whole[op.source]) for op in self.steps if isinstance(op, Activation)
@@ -214,7 +213,9 @@ class _Problem:
         """What rounding may add to a bound of these rows less their b: (parts,)."""
         of = self.of[conjunction]
         size = (w[:, :, None] * self.query.rows[of].abs()).sum(1)
-        return 2 * size @ self.lost_output + 1e-14 * (w * self.query.bound[of].abs()).sum(1)
+        # The sums over k are rounded themselves, in proportion to what they add up.
+        added = size @ self.largest_output + (w * self.query.bound[of].abs()).sum(1)
+        return 2 * size @ self.lost_output + 4 * rounding.gamma(w.shape[1] + 8, torch.float64) * added
 
     def values(self, low: Tensor, up: Tensor) -> dict[str, Interval]:
         ends = zip(self.shaped(low).items(), self.shaped(up).values(), strict=True)
@@ -386,7 +387,10 @@ class _Parts:
         value, _ = self.bound(self.proven_lines(choice), beta, w)
         lost = self.problem.rows_lost(self.conjunction, w) + 2 * beta.abs() @ self.problem.lost
         lost += 2 * rounding.gamma(self.problem.neurons + 16, torch.float64) * (beta * self.ends(beta)).abs().sum(1)
-        return torch.where(torch.isfinite(value - lost), value - lost, -torch.inf)
+        value = value - lost
+        # sum_k w_k (c_k.f - b_k) is at most sum_k w_k times the largest of these, and the weights are rounded.
+        value = torch.where(value < 0, value / w.sum(1).clamp(max=1) * (1 + 1e-12), value * (1 - 1e-12))
+        return torch.where(torch.isfinite(value), value, -torch.inf)
 
 
 def _mean(lines: tuple[Tensor, Tensor], share: Tensor) -> tuple[Tensor, Tensor]:
@@ -425,7 +429,9 @@ def _climbed(parts: _Parts, choice: Tensor, beta: Tensor, w: Tensor, steps: int)
         for step in range(steps + 1):
             caught: dict[str, Tensor] = {}
             now = {**start, **leaves}
-            value, a = parts.bound(parts.lines(now["choice"]), now["beta"], now["weights"], caught)
+            # Along the simplex: Adam knows signs only, and steps of one sign for all would leave no weight but 0.
+            along = now["weights"] / now["weights"].sum(1, keepdim=True)
+            value, a = parts.bound(parts.lines(now["choice"]), now["beta"], along, caught)
             with torch.no_grad():
                 of = torch.cat([caught[op.target].expand(len(value), *caught[op.target].shape[1:]).flatten(1)
                                 for op in parts.problem.steps], 1)  # fmt: skip
@@ -445,7 +451,8 @@ def _climbed(parts: _Parts, choice: Tensor, beta: Tensor, w: Tensor, steps: int)
                 _signed(leaves["beta"], parts.sides)
                 if "weights" in leaves:
                     kept = leaves["weights"].clamp_(min=0)
-                    kept /= kept.sum(1, keepdim=True).clamp(min=1e-6)
+                    total = kept.sum(1, keepdim=True)
+                    kept.copy_(torch.where(total > 1e-6, kept / total, 1 / kept.shape[1]))
     return _Climbed(**best)
 
 
@@ -786,6 +793,8 @@ class _Search:
     def _bounded(self, part: dict[str, Tensor]) -> bool:
         """Bound parts and keep what is open; whether a point was accepted."""
         answer, problem = self.answer, self.problem
+        if not len(part["bound"]):
+            return False
         answer.parts += len(part["bound"])
         answer.deepest = max(answer.deepest, int(part["depth"].amax()))
         parts = _Parts(problem, part["conjunction"], part["low"], part["up"], part["sides"])
@@ -796,6 +805,8 @@ class _Search:
         refuted = proved > 0
         answer.margins.scatter_reduce_(0, part["conjunction"][refuted], proved[refuted], "amin")
         if self._tried(parts, best, ~refuted):
+            # What was not refuted is no nearer known: its bounds are margins still.
+            answer.margins.scatter_reduce_(0, part["conjunction"][~refuted], proved[~refuted], "amin")
             return True
         neuron, point = self.splitter(parts, best)
         stuck = ~refuted & (neuron < 0)
@@ -827,7 +838,7 @@ class _Search:
         halves["low"], halves["up"], empty = _refreshed(problem, halves["low"], halves["up"], int(neuron.amin()))
         if bool(empty.any()):
             self.answer.parts += int(empty.sum())
-            none = torch.full((int(empty.sum()),), EMPTY, dtype=torch.float64)
+            none = torch.full((int(empty.sum()),), TOGETHER, dtype=torch.float64)
             self.answer.margins.scatter_reduce_(0, halves["conjunction"][empty], none, "amin")
             halves = {name: value[~empty] for name, value in halves.items()}
         return halves
