@@ -507,7 +507,8 @@ def _settle(problem: _Problem, nodes: Sequence[_Node], steps: int, answer: Answe
     value, a = _bounds(problem, lines[torch.float64], conjunction, alpha, (split, -beta * side), weights)
     value -= problem.rows_lost(conjunction, weights) + 2 * beta @ problem.lost[split]
     # sum_k w_k (c_k.f - b_k) is at most sum_k w_k times the largest of these, and the weights are rounded.
-    value = torch.where(value < 0, value / weights.sum(2).clamp(max=1) * (1 + 1e-12), value * (1 - 1e-12))
+    slack = 2 * rounding.gamma(weights.shape[2] + 4, torch.float64)
+    value = torch.where(value < 0, value / weights.sum(2).clamp(max=1) * (1 + slack), value * (1 - slack))
     value = torch.where(torch.isfinite(value), value, -torch.inf)
     lower, upper = (side.flatten() for side in problem.box.box())
     points = []
@@ -644,7 +645,7 @@ def search(
 class _Search:
     def __init__(
         self, graph: Graph, query: Query, judge: Callable[[Tensor, int], bool], budget: int, block: Block | None,
-        products: float,
+        products: float = math.inf,
     ) -> None:  # fmt: skip
         self.products = products
         shape = (1, *graph.input_shape)

@@ -389,7 +389,8 @@ class _Parts:
         lost += 2 * rounding.gamma(self.problem.neurons + 16, torch.float64) * (beta * self.ends(beta)).abs().sum(1)
         value = value - lost
         # sum_k w_k (c_k.f - b_k) is at most sum_k w_k times the largest of these, and the weights are rounded.
-        value = torch.where(value < 0, value / w.sum(1).clamp(max=1) * (1 + 1e-12), value * (1 - 1e-12))
+        slack = 2 * rounding.gamma(w.shape[1] + 4, torch.float64)
+        value = torch.where(value < 0, value / w.sum(1).clamp(max=1) * (1 + slack), value * (1 - slack))
         return torch.where(torch.isfinite(value), value, -torch.inf)
 
 
