@@ -49,7 +49,8 @@ from netassay import data, networks
 from netassay.fields import Array, Count, DatasetRef, Index, NetworkRef, Radius, Seed
 from netassay.figure import Axis, Figure, Line, Panel
 from netassay.heavy import np, torch
-from netassay.method import Contract, InvalidInput, Needs, NotApplicable
+from netassay.method import Contract, Needs, NotApplicable
+from netassay.networks import images
 from netassay.networks.graph import Activation, Graph, Product, Relu
 from netassay.numerics import attacks, replay
 from netassay.numerics.bounds import interval
@@ -154,40 +155,9 @@ def run(params: Params) -> Result:
     if not kinds & {Relu, Activation, Product}:
         raise NotApplicable("the network is affine, so there is nothing to split")
     replay.load(params.network)
-    x, label = _example(graph, params)
+    x, label = images.labelled(graph, params.dataset, params.split, params.index, params.clip)
     with torch.no_grad():
         return _decided(graph, params, x, label)
-
-
-def _example(graph: Graph, params: Params) -> tuple[Tensor, int]:
-    """The image in the shape the network wants, float64, and its label."""
-    try:
-        data.check_index(params.dataset, params.split, params.index)
-    except ValueError as error:
-        raise InvalidInput("the image does not exist", str(error)) from None
-    images = data.load(params.dataset, params.split)
-    x, label = torch.from_numpy(np.array(images.x[params.index], dtype=np.float64)), int(images.y[params.index])
-    outputs = math.prod(graph.output_shape)
-    if x.numel() != math.prod(graph.input_shape):
-        raise InvalidInput(
-            f"the network does not take {data.called(params.dataset)}",
-            f"its input has the shape {graph.input_shape}, an image {tuple(x.shape)}",
-            "another dataset, or a network trained on this one",
-        )
-    if params.clip and not 0.0 <= float(x.min()) <= float(x.max()) <= 1.0:
-        raise InvalidInput(
-            f"image {params.index} of {data.called(params.dataset)} does not lie in [0, 1]",
-            f"its values go from {float(x.min()):g} to {float(x.max()):g}, and the box is cut with [0, 1]",
-            "clip: false, or scale: minmax for the dataset",
-        )
-    if outputs < 2:
-        raise NotApplicable("the network has one output, so there are no classes to keep apart")
-    if label >= outputs:
-        raise InvalidInput(
-            f"image {params.index} has the label {label}, but the network has {outputs} outputs",
-            what_to_try="a network for this dataset",
-        )
-    return x.reshape(graph.input_shape), label
 
 
 def _decided(graph: Graph, params: Params, x: Tensor, label: int) -> Result:

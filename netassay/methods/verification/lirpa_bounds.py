@@ -61,6 +61,7 @@ from netassay.fields import Array, Count, DatasetRef, Index, NetworkRef, Positiv
 from netassay.figure import Axis, Figure, Line, Panel
 from netassay.heavy import np, torch
 from netassay.method import Contract, Failure, InvalidInput, MethodError, Needs, NotApplicable, NumericalError
+from netassay.networks import images
 from netassay.networks.evaluate import forward as evaluated
 from netassay.networks.graph import Activation, Graph, Product, Relu
 from netassay.numerics import attacks
@@ -265,34 +266,12 @@ def _outcomes(params: Sequence[Params]) -> list[Result | MethodError]:
 
 
 def _read(graph: Graph, params: Params) -> _Item | MethodError:
-    """The image of a job in the shape the network wants, or what is wrong with the job."""
+    """The image of a job, or what is wrong with the job."""
+    clip = params.clip and params.perturbation == "input"
     try:
-        data.check_index(params.dataset, params.split, params.index)
-    except ValueError as error:
-        return InvalidInput("the image does not exist", str(error))
-    images = data.load(params.dataset, params.split)
-    x, label = torch.from_numpy(np.array(images.x[params.index], dtype=np.float64)), int(images.y[params.index])
-    outputs = int(np.prod(graph.output_shape))
-    if x.numel() != int(np.prod(graph.input_shape)):
-        return InvalidInput(
-            f"the network does not take {data.called(params.dataset)}",
-            f"its input has the shape {graph.input_shape}, an image {tuple(x.shape)}",
-            "another dataset, or a network trained on this one",
-        )
-    if params.clip and params.perturbation == "input" and not 0.0 <= float(x.min()) <= float(x.max()) <= 1.0:
-        return InvalidInput(
-            f"image {params.index} of {data.called(params.dataset)} does not lie in [0, 1]",
-            f"its values go from {float(x.min()):g} to {float(x.max()):g}, and the ball is cut with [0, 1]",
-            "clip: false, or scale: minmax for the dataset",
-        )
-    if outputs < 2:
-        return NotApplicable("the network has one output, so there are no classes to keep apart")
-    if label >= outputs:
-        return InvalidInput(
-            f"image {params.index} has the label {label}, but the network has {outputs} outputs",
-            what_to_try="a network for this dataset",
-        )
-    return _Item(params, x.reshape(graph.input_shape), label)
+        return _Item(params, *images.labelled(graph, params.dataset, params.split, params.index, clip))
+    except MethodError as error:
+        return error
 
 
 @dataclass(frozen=True)
